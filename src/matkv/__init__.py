@@ -1,0 +1,21 @@
+"""matkv: compress the KV cache of pretrained language models along the feature dimension."""
+
+from matkv.artifact import Artifact
+from matkv.cache import LatentCache
+from matkv.calibrate import CalibrateConfig, calibrate
+from matkv.errors import MatkvError
+from matkv.hf import attach, detach, load_model
+from matkv.ranks import RankTable
+
+__all__ = [
+    "Artifact",
+    "CalibrateConfig",
+    "LatentCache",
+    "MatkvError",
+    "RankTable",
+    "attach",
+    "calibrate",
+    "detach",
+    "load_model",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,324 @@
+"""The artifact: bases and rank tables of one model, in a directory that is safe to share.
+
+    config.json          format version, base model, fingerprint, geometry, rank tables, history
+    bases.safetensors    layers.<l>.<side>.encode [GDD], .decode [GDD] unless orthogonal,
+                         .energy [GD]; fp32
+    results/*.json       what was measured, untouched by `save`
+
+Nothing is pickled. `save` writes a sibling directory and renames it into place, so that a kill or a
+full disk leaves the old artifact whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matkv.errors import ArtifactError, FingerprintError, RankError
+from matkv.projection import Maps
+from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
+
+FORMAT_VERSION = 1
+CONFIG, BASES = "config.json", "bases.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SideBases:
+    """One side of one layer: its maps and the share of energy in each of their columns [GD]."""
+
+    maps: Maps
+    energy_GD: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """Bases for every growing layer of one model, and rank tables by budget.
+
+    `bases[layer][side]` holds the maps; `tables` what a search found, by budget; `sink` and
+    `window` the number of first and last tokens to keep exact; `history` one entry per stage that
+    made it. `fingerprint` holds a few weights of the base model, by which another is told apart.
+    """
+
+    base_model: str
+    geometry: Geometry
+    fingerprint: tuple[float, ...]
+    bases: dict[int, dict[Side, SideBases]]
+    tables: dict[float, RankTable] = field(default_factory=dict)
+    sink: int = 0
+    window: int = 0
+    history: tuple[dict[str, Any], ...] = ()
+
+    def maps(self, layer: int, side: Side) -> Maps:
+        return self.bases[layer][side].maps
+
+    def table(self, budget: float, *, uniform: bool = False) -> RankTable:
+        """The rank table for `budget`: the stored one, else the nearest smaller, else uniform.
+
+        Raises:
+            BudgetError: `budget` is not in (0, 1] or below one step.
+        """
+        check_budget(budget)
+        fitting = [stored for stored in self.tables if stored <= budget + 1e-9]
+        if uniform or budget == 1 or not fitting:
+            return RankTable.uniform(self.geometry, budget)
+        best = max(fitting)
+        if budget - best > 1e-9:
+            logger.warning("no table for budget %g is stored: using the one for %g", budget, best)
+        return self.tables[best]
+
+    def check(self, geometry: Geometry, fingerprint: tuple[float, ...]) -> None:
+        """Make sure that a model is the one these bases were made for.
+
+        Raises:
+            FingerprintError: its geometry or its weights are others.
+        """
+        if geometry != self.geometry:
+            raise FingerprintError(
+                f"the artifact was made for {self.base_model} ({_describe(self.geometry)}), this "
+                f"model has {_describe(geometry)}: load that model, or calibrate this one"
+            )
+        if not _close(fingerprint, self.fingerprint):
+            raise FingerprintError(
+                f"the artifact was made for {self.base_model}, whose weights differ from this "
+                "model's: load that model, or calibrate this one"
+            )
+
+    def with_history(self, stage: str, **entry: Any) -> Artifact:
+        """A copy with one more history entry."""
+        return replace(self, history=(*self.history, {"stage": stage, **entry}))
+
+    # ---- saving
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact to the directory `path`, replacing an older one at once.
+
+        Raises:
+            ArtifactError: the directory cannot be written, or `path` holds something else.
+        """
+        target = Path(path)
+        if target.exists() and not (target / CONFIG).is_file() and not _is_empty_dir(target):
+            raise ArtifactError(f"{target} exists and is not an artifact: choose another directory")
+        token = uuid.uuid4().hex[:8]
+        new = target.with_name(f".{target.name}.new-{token}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _copy_others(target, new)
+            self._write(new)
+            _swap(new, target)
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            raise ArtifactError(f"cannot save to {target}: {error}; nothing was changed") from error
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        return target
+
+    def _write(self, directory: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        for layer, sides in self.bases.items():
+            for side, bases in sides.items():
+                name = f"layers.{layer}.{side}"
+                tensors[f"{name}.encode"] = _plain(bases.maps.encode_GDD)
+                if not bases.maps.is_orthogonal:
+                    tensors[f"{name}.decode"] = _plain(bases.maps.decode_GDD)
+                tensors[f"{name}.energy"] = _plain(bases.energy_GD)
+        _save_tensors(tensors, directory / BASES)
+        config = {
+            "format": "matkv",
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "geometry": self.geometry.to_json(),
+            "fingerprint": list(self.fingerprint),
+            "bases_sha256": _sha256(directory / BASES),
+            "sink": self.sink,
+            "window": self.window,
+            "tables": {f"{b:g}": t.to_json() for b, t in sorted(self.tables.items())},
+            "history": list(self.history),
+        }
+        with (directory / CONFIG).open("w", encoding="utf-8") as file:
+            json.dump(config, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    # ---- loading
+
+    @classmethod
+    def load(cls, path: str | Path) -> Artifact:
+        """Read and check an artifact directory.
+
+        Raises:
+            ArtifactError: it is missing, foreign, damaged or of another format version.
+        """
+        directory = Path(path)
+        _recover(directory)
+        config = _read_config(directory)
+        try:
+            geometry = Geometry.from_json(config["geometry"])
+            tables = {
+                float(budget): RankTable.from_json(geometry, table)
+                for budget, table in config["tables"].items()
+            }
+            return cls(
+                base_model=str(config["base_model"]),
+                geometry=geometry,
+                fingerprint=tuple(float(weight) for weight in config["fingerprint"]),
+                bases=_read_bases(directory / BASES, geometry, config["bases_sha256"]),
+                tables=tables,
+                sink=int(config["sink"]),
+                window=int(config["window"]),
+                history=tuple(config["history"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RankError) as error:
+            raise ArtifactError(
+                f"{directory / CONFIG} is damaged ({type(error).__name__}: {error}): restore it, "
+                "or calibrate again"
+            ) from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise ArtifactError(
+            f"no artifact at {directory}: make one with matkv calibrate MODEL -o RUN"
+        )
+    path = directory / CONFIG
+    if not path.is_file():
+        raise ArtifactError(f"{directory} is not a matkv artifact: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is damaged ({error}): restore it, or calibrate again"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != "matkv":
+        raise ArtifactError(f"{directory} is not a matkv artifact: {CONFIG} is another program's")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{directory} has format version {version}, this matkv reads {FORMAT_VERSION}: "
+            "upgrade matkv, or calibrate again"
+        )
+    return config
+
+
+def _read_bases(path: Path, geometry: Geometry, sha256: str) -> dict[int, dict[Side, SideBases]]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: restore it, or calibrate again")
+    if _sha256(path) != sha256:
+        raise ArtifactError(
+            f"{path} is damaged: its checksum is not the one in {CONFIG}; restore it, or calibrate "
+            "again"
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} is damaged ({error}): restore it, or calibrate again"
+        ) from error
+    return {
+        layer: {side: _read_side(tensors, geometry, layer, side) for side in SIDES}
+        for layer in geometry.growing
+    }
+
+
+def _read_side(tensors: dict[str, Tensor], geometry: Geometry, layer: int, side: Side) -> SideBases:
+    shape = geometry.layers[layer]
+    name = f"layers.{layer}.{side}"
+    encode_GDD, energy_GD = tensors[f"{name}.encode"], tensors[f"{name}.energy"]
+    decode_GDD = tensors.get(f"{name}.decode", encode_GDD)
+    square = (shape.kv_heads, shape.head_dim, shape.head_dim)
+    for tensor, wanted in ((encode_GDD, square), (decode_GDD, square), (energy_GD, square[:2])):
+        if tuple(tensor.shape) != wanted or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {wanted} float32"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    return SideBases(Maps(encode_GDD, decode_GDD), energy_GD)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # how a full disk shows
+        raise OSError(str(error)) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_empty_dir(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _copy_others(old: Path, new: Path) -> None:
+    """Start the new directory with everything of the old one that `save` does not write."""
+    ignore = shutil.ignore_patterns(CONFIG, BASES)
+    if old.is_dir():
+        shutil.copytree(old, new, ignore=ignore, copy_function=_link_or_copy)
+    else:
+        new.mkdir()
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in place of `target`; `_recover` mends a kill between the two renames."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    if not target.exists() and old.is_dir():
+        logger.warning("a save to %s was cut off: the artifact before it is put back", target)
+        old.rename(target)
+
+
+def _close(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+    """Equal up to what casts between fp32, bf16 and fp16 change."""
+    if len(ours) != len(theirs):
+        return False
+    a, b = torch.tensor(ours), torch.tensor(theirs)
+    return bool(torch.allclose(a, b, rtol=0.01, atol=1e-3 * float(b.abs().mean())))
+
+
+def _describe(geometry: Geometry) -> str:
+    shapes = sorted({(s.kv_heads, s.head_dim) for s in geometry.layers})
+    heads = ", ".join(f"{heads} KV heads × {dim}" for heads, dim in shapes)
+    return f"{len(geometry.layers)} layers, {len(geometry.growing)} of them growing, {heads}"

@@ -1,0 +1,351 @@
+"""The latent cache: transformers' cache interface over packed rows of latents.
+
+Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row columns, S sink token,
+W recent token, E columns that a row drops.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from matkv.attention import Exact, Latents
+from matkv.errors import CacheError
+from matkv.projection import LayerProjection
+
+# Buffers grow by a quarter and in steps of this many tokens: appending one token copies nothing,
+# a token is copied four times in its life, and spare room stays under a quarter.
+GRAIN = 64
+
+
+class LatentLayer(DynamicLayer):
+    """One layer's latents: a preallocated buffer [B N capacity C] per bucket of equal ranks.
+
+    `update` returns a `Latents` twice, in place of full keys and values: transformers passes it on
+    untouched to the registered attention function.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, projection: LayerProjection, max_cache_len: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.projection = projection
+        self.reserve = max_cache_len or 0
+        self.buffers: list[Tensor] = []
+        self.exact: list[Exact] | None = None
+        self.start_B: Tensor | None = None
+        self.length = 0
+        self.record_past = False
+
+    # ---- growing
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Append new tokens.  [B G T D, B G T D -> (Latents, the same Latents)]"""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, tokens = self.length, key_states.shape[2]
+        rows = self.projection.encode(key_states, value_states)
+        if first == 0:
+            self.buffers = [_reusable(old, new) for old, new in _pair_up(self.buffers, rows)]
+        elif self.buffers[0].shape[0] != rows[0].shape[0]:
+            raise CacheError(
+                f"the cache holds {self.buffers[0].shape[0]} sequences, {rows[0].shape[0]} were "
+                "given; reset() it or use a new LatentCache"
+            )
+        self.length = first + tokens
+        self.buffers = [
+            self._append(buffer, new, first) for buffer, new in zip(self.buffers, rows, strict=True)
+        ]
+        latents = Latents(self.projection, [buffer[:, :, : self.length] for buffer in self.buffers])
+        if self.projection.keeps_exact:
+            self._update_exact(latents, key_states, value_states, first)
+        return latents, latents
+
+    def _append(self, buffer: Tensor, new_BNTC: Tensor, first: int) -> Tensor:
+        if new_BNTC.requires_grad:  # writing in place would break the graph of earlier tokens
+            return torch.cat((buffer[:, :, :first], new_BNTC), dim=2)
+        capacity = buffer.shape[2]
+        if self.length > capacity:
+            wanted = max(self.length, capacity + capacity // 4, self.reserve)
+            B, N, _, C = new_BNTC.shape
+            grown = new_BNTC.new_empty(B, N, -(-wanted // GRAIN) * GRAIN, C)
+            grown[:, :, :first] = buffer[:, :, :first]
+            buffer = grown
+        buffer[:, :, first : self.length] = new_BNTC
+        return buffer
+
+    # ---- exact tokens
+
+    def _update_exact(self, latents: Latents, key: Tensor, value: Tensor, first: int) -> None:
+        """Store the dropped coordinates of sink and recent tokens, and hand them on.
+
+        The attention of this step may need more recent tokens than the next one: it gets all that
+        reach into the window of any of its queries, and the cache keeps the last `window`.
+        """
+        projection = self.projection
+        rest = [
+            bucket.rest(key_BNTD, value_BNTD)
+            for bucket, key_BNTD, value_BNTD in zip(
+                projection.bucket_list, projection.split(key), projection.split(value), strict=True
+            )
+        ]
+        if first == 0 or self.exact is None:
+            B = key.shape[0]
+            self.start_B = projection.start_of(B, key.device)
+            self.exact = [
+                Exact(r.new_zeros(B, r.shape[1], projection.sink, r.shape[3]), r[:, :, :0])
+                for r in rest
+            ]
+        assert self.start_B is not None
+        self.exact = [
+            Exact(
+                _fill_sinks(old.sink_BNSE, r, self.start_B, first),
+                torch.cat((old.recent_BNWE, r), dim=2) if projection.window else r[:, :, :0],
+            )
+            for old, r in zip(self.exact, rest, strict=True)
+        ]
+        latents.exact, latents.start_B = self.exact, self.start_B
+        if not self.record_past:
+            self.exact = [
+                Exact(one.sink_BNSE, _last(one.recent_BNWE, projection.window).clone())
+                for one in self.exact
+            ]
+
+    def activate_past_recording(self) -> None:
+        """Keep more recent tokens exact until the next `crop`, so that it can roll back."""
+        self.record_past = True
+
+    # ---- what generation asks of a layer
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens.
+
+        Raises:
+            CacheError: `tokens_to_remove` is positive, or recent exact tokens were already dropped.
+        """
+        if tokens_to_remove > 0:
+            raise CacheError(
+                f"crop({tokens_to_remove}): pass the negative number of tokens to remove"
+            )
+        self.length = max(0, self.length + tokens_to_remove)
+        if self.exact is None or not self.projection.window:
+            return
+        removed, window = -tokens_to_remove, self.projection.window
+        recents = self.exact[0].recent_BNWE.shape[2]
+        if recents - removed < min(window, self.length):
+            raise CacheError(
+                f"cannot crop {removed} tokens of a cache with an exact window of {window}: call "
+                "activate_past_recording() before the tokens are added, or use window=0"
+            )
+        self.exact = [
+            Exact(e.sink_BNSE, _last(e.recent_BNWE[:, :, : recents - removed], window))
+            for e in self.exact
+        ]
+
+    def reset(self) -> None:
+        """Forget all tokens; the buffers are kept for the next sequence."""
+        self.length, self.exact, self.start_B = 0, None, None
+
+    def _select(self, index_B: Tensor) -> None:
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, index_B.to(tensor.device))
+
+        buffers = []
+        for buffer in self.buffers:
+            used = pick(buffer[:, :, : self.length])
+            moved = used.new_empty(used.shape[0], used.shape[1], *buffer.shape[2:])
+            moved[:, :, : self.length] = used
+            buffers.append(moved)
+        self.buffers = buffers
+        if self.exact is not None and self.start_B is not None:
+            self.exact = [Exact(pick(e.sink_BNSE), pick(e.recent_BNWE)) for e in self.exact]
+            self.start_B = pick(self.start_B)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.length:
+            self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.length:
+            every = torch.arange(self.buffers[0].shape[0], device=indices.device)
+            self._select(every[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.length:
+            every = torch.arange(self.buffers[0].shape[0], device=self.buffers[0].device)
+            self._select(every.repeat_interleave(repeats))
+
+    # ---- moving and copying
+
+    def _tensors(self) -> list[Tensor]:
+        exact = [t for e in self.exact or [] for t in (e.sink_BNSE, e.recent_BNWE)]
+        return self.buffers + exact
+
+    def _move(self, device: torch.device | str) -> None:
+        self.buffers = [buffer.to(device, non_blocking=True) for buffer in self.buffers]
+        if self.exact is not None:
+            self.exact = [
+                Exact(
+                    e.sink_BNSE.to(device, non_blocking=True),
+                    e.recent_BNWE.to(device, non_blocking=True),
+                )
+                for e in self.exact
+            ]
+
+    def offload(self) -> None:
+        if self.is_initialized:
+            self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentLayer:
+        """A copy of the tokens; the projection, which belongs to the model, is shared."""
+        memo[id(self.projection)] = self.projection
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(v, memo) for name, v in self.__dict__.items()})
+        return twin
+
+    # ---- bytes
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the tokens held, without spare room."""
+        rows = sum(b[:, :, : self.length].numel() * b.element_size() for b in self.buffers)
+        sinks = min(self.length, self.projection.sink)
+        rest = sum(
+            e.sink_BNSE[:, :, :sinks].numel() * e.sink_BNSE.element_size()
+            + e.recent_BNWE.numel() * e.recent_BNWE.element_size()
+            for e in self.exact or []
+        )
+        return rows + rest
+
+
+class LatentCache(Cache):
+    """A cache of latents for an attached model, used as `past_key_values`.
+
+    Layers with a sliding window keep transformers' own layer at full width. `max_cache_len`
+    reserves room for that many tokens at the first one, so that the buffers never grow.
+
+    Raises:
+        CacheError: the model is not attached.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+    ) -> None:
+        plain = DynamicCache(config=model.config.get_text_config(decoder=True))
+        super().__init__(layers=plain.layers, offloading=offloading)
+        use_latents(self, model, max_cache_len=max_cache_len)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages the cache holds, spare room included."""
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for layer in self.layers
+            for tensor in _layer_tensors(layer)
+        }
+        return sum(storages.values())
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the tokens held; equals `RankTable.nbytes` of the attached table."""
+        return sum(
+            layer.used_nbytes
+            if isinstance(layer, LatentLayer)
+            else sum(t.numel() * t.element_size() for t in _layer_tensors(layer))
+            for layer in self.layers
+        )
+
+
+def use_latents(cache: Cache, model: PreTrainedModel, *, max_cache_len: int | None = None) -> None:
+    """Replace the empty growing layers of `cache` by latent ones, in place.
+
+    Raises:
+        CacheError: the model is not attached, or the cache already holds full-width tokens.
+    """
+    projections = attached_projections(model)
+    if not projections:
+        raise CacheError("the model has no bases: call matkv.attach(model, artifact, budget) first")
+    for index in projections:
+        layer = cache.layers[index]
+        if type(layer) is not DynamicLayer or layer.is_initialized:
+            raise CacheError(
+                f"layer {index} of the {type(cache).__name__} cannot take latents: pass "
+                "past_key_values=matkv.LatentCache(model), or none, to an attached model"
+            )
+    for index, projection in projections.items():
+        cache.layers[index] = LatentLayer(projection, max_cache_len)
+
+
+def attached_projections(model: PreTrainedModel) -> dict[int, LayerProjection]:
+    """The projection of every attached layer, by layer index; empty without `attach`."""
+    found: dict[int, LayerProjection] = {}
+    for module in model.modules():
+        projection = getattr(module, "matkv", None)
+        if isinstance(projection, LayerProjection):
+            found[int(module.layer_idx)] = projection  # type: ignore[arg-type]
+    return found
+
+
+def _layer_tensors(layer: Any) -> list[Tensor]:
+    if isinstance(layer, LatentLayer):
+        return layer._tensors()
+    return [t for t in (layer.keys, layer.values) if t is not None]
+
+
+def _reusable(old: Tensor | None, new_BNTC: Tensor) -> Tensor:
+    """The old buffer if new rows fit it but for their number, else an empty one."""
+    if (
+        old is not None
+        and (old.shape[0], old.shape[1], old.shape[3])
+        == (new_BNTC.shape[0], new_BNTC.shape[1], new_BNTC.shape[3])
+        and (old.dtype, old.device) == (new_BNTC.dtype, new_BNTC.device)
+        and not old.requires_grad
+    ):
+        return old
+    return new_BNTC[:, :, :0]
+
+
+def _pair_up(buffers: list[Tensor], rows: list[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
+    if not buffers:
+        return [(None, new) for new in rows]
+    return list(zip(buffers, rows, strict=True))
+
+
+def _last(recent_BNWE: Tensor, window: int) -> Tensor:
+    return recent_BNWE[:, :, max(0, recent_BNWE.shape[2] - window) :]
+
+
+def _fill_sinks(sink_BNSE: Tensor, rest_BNTE: Tensor, start_B: Tensor, first: int) -> Tensor:
+    """Put those of the new tokens, from position `first` on, that are sinks into their slots."""
+    sinks, tokens = sink_BNSE.shape[2], rest_BNTE.shape[2]
+    offset_BS = start_B[:, None] + torch.arange(sinks, device=start_B.device) - first
+    is_new_BS = (offset_BS >= 0) & (offset_BS < tokens)
+    picks_BNSE = offset_BS.clamp(0, tokens - 1)[:, None, :, None].expand_as(sink_BNSE)
+    return torch.where(is_new_BS[:, None, :, None], rest_BNTE.gather(2, picks_BNSE), sink_BNSE)

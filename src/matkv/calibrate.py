@@ -1,0 +1,221 @@
+"""Calibrate: one pass over text gives the bases a model starts from.
+
+Shapes: B batch, H query head, G KV head, J query heads of a KV head, T token, N kept token, D head
+dim, M model dim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from matkv import moments
+from matkv.artifact import Artifact, SideBases
+from matkv.errors import DataError, RankError, UnsupportedModelError
+from matkv.hf import attention_modules, fingerprint, geometry_of, handled
+from matkv.moments import KEY_BASES, VALUE_BASES, KeyBasis, LayerMoments, ValueBasis
+from matkv.ranks import LayerShape
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """How to calibrate.
+
+    `key` and `value` name the bases (see `moments.key_maps` and `moments.value_maps`); the first
+    `skip_first` tokens of every sequence are left out of the moments.
+    """
+
+    key: KeyBasis = "query"
+    value: ValueBasis = "output"
+    skip_first: int = 0
+
+    def __post_init__(self) -> None:
+        if self.key not in KEY_BASES:
+            raise RankError(f"key basis {self.key!r} must be one of {', '.join(KEY_BASES)}")
+        if self.value not in VALUE_BASES:
+            raise RankError(f"value basis {self.value!r} must be one of {', '.join(VALUE_BASES)}")
+        if self.skip_first < 0:
+            raise RankError(f"skip_first {self.skip_first} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a pass over text stands: tokens seen and seconds taken."""
+
+    tokens: int
+    seconds: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    config: CalibrateConfig | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+) -> Artifact:
+    """Make an artifact from one pass over `batches`.
+
+    A batch is a tensor [BT] of token ids, or a mapping with `input_ids` and `attention_mask`, whose
+    zeros mark padding. Memory does not depend on the number of tokens.
+
+    Raises:
+        DataError: there is no token.
+        UnsupportedModelError: the model's attention cannot be reproduced on latents.
+    """
+    config = config or CalibrateConfig()
+    layers, tokens = collect_moments(
+        model, batches, skip_first=config.skip_first, on_progress=on_progress
+    )
+    return artifact_from(model, layers, config, tokens=tokens)
+
+
+def artifact_from(
+    model: PreTrainedModel,
+    layers: dict[int, LayerMoments],
+    config: CalibrateConfig,
+    *,
+    tokens: int,
+) -> Artifact:
+    """An artifact of the bases that `config` names, from moments already collected."""
+    bases = {}
+    for layer, one in layers.items():
+        key, value = moments.key_maps(one, config.key), moments.value_maps(one, config.value)
+        bases[layer] = {
+            "key": SideBases(key, moments.column_energy(one.key, key)),
+            "value": SideBases(value, moments.column_energy(one.value, value)),
+        }
+    artifact = Artifact(
+        base_model=str(model.config._name_or_path),
+        geometry=geometry_of(model.config),
+        fingerprint=fingerprint(model),
+        bases=bases,  # type: ignore[arg-type]
+    )
+    return artifact.with_history("calibrate", **asdict(config), tokens=tokens)
+
+
+@torch.inference_mode()
+def collect_moments(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    skip_first: int = 0,
+    on_progress: OnProgress | None = None,
+) -> tuple[dict[int, LayerMoments], int]:
+    """Second moments of every growing layer, and the number of tokens they were taken over.
+
+    Raises:
+        DataError: there is no token.
+        UnsupportedModelError: the model's attention cannot be reproduced on latents.
+    """
+    geometry = geometry_of(model.config)
+    counter = _Counter()
+    recorders = {
+        layer: _Recorder(geometry.layers[layer], geometry.query_heads, counter, model.device)
+        for layer in geometry.growing
+    }
+    decoder = model.get_decoder()
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    with handled(model, recorders):
+        for batch in batches:
+            counter.start(batch, model.device, skip_first)
+            decoder(**counter.inputs, use_cache=False)
+            if on_progress is not None:
+                on_progress(Progress(counter.tokens, time.perf_counter() - started))
+    model.train(was_training)
+    if counter.kept == 0:
+        raise DataError("no token to calibrate on: the text is empty or all of it is skipped")
+    modules = attention_modules(model)
+    layers = {
+        layer: recorder.moments(_output_moment(modules[layer], geometry.layers[layer]))
+        for layer, recorder in recorders.items()
+    }
+    return layers, counter.kept
+
+
+class _Counter:
+    """The batch under way, shared by the recorders of all layers."""
+
+    def __init__(self) -> None:
+        self.tokens = self.kept = 0
+        self.inputs: dict[str, Tensor] = {}
+        self.keep_BT: Tensor | None = None
+
+    def start(self, batch: Batch, device: torch.device, skip_first: int) -> None:
+        fields = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        self.inputs = {
+            name: fields[name].to(device)
+            for name in ("input_ids", "attention_mask")
+            if name in fields
+        }
+        ids_BT = self.inputs["input_ids"]
+        real_BT = self.inputs.get("attention_mask", torch.ones_like(ids_BT)).bool()
+        keep_BT = real_BT & (real_BT.cumsum(-1) > skip_first)
+        self.tokens += int(real_BT.sum())
+        self.kept += int(keep_BT.sum())
+        self.keep_BT = None if bool(keep_BT.all()) else keep_BT
+
+
+class _Recorder:
+    """Sums the second moments of one layer's queries, keys and values in fp32."""
+
+    def __init__(
+        self, shape: LayerShape, query_heads: int, counter: _Counter, device: torch.device
+    ) -> None:
+        G, D = shape.kv_heads, shape.head_dim
+        self.shape, self.query_heads, self.counter = shape, query_heads, counter
+        self.key, self.query, self.value = (torch.zeros(G, D, D, device=device) for _ in range(3))
+
+    def __call__(self, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        G, D = self.shape.kv_heads, self.shape.head_dim
+        for x, heads in ((key_BGTD, G), (value_BGTD, G), (query_BHTD, self.query_heads)):
+            if x.shape[1] != heads or x.shape[3] != D:
+                raise UnsupportedModelError(
+                    f"a layer has {x.shape[1]} heads of width {x.shape[3]}; its config says "
+                    f"{heads} of width {D}"
+                )
+        self._add(self.key, key_BGTD)
+        self._add(self.value, value_BGTD)
+        self._add(self.query, query_BHTD)
+
+    def _add(self, sum_GDD: Tensor, x_BXTD: Tensor) -> None:
+        x_BXTD = x_BXTD.float()
+        if self.counter.keep_BT is not None:
+            x_BXTD = x_BXTD * self.counter.keep_BT[:, None, :, None]
+        # Query heads of a group follow one another, so they fold into their KV head's rows.
+        x_GND = x_BXTD.transpose(0, 1).reshape(sum_GDD.shape[0], -1, x_BXTD.shape[-1])
+        sum_GDD.baddbmm_(x_GND.mT, x_GND)
+
+    def moments(self, output_GDD: Tensor) -> LayerMoments:
+        kept = self.counter.kept
+        key, query, value = (x.cpu() / kept for x in (self.key, self.query, self.value))
+        return LayerMoments(key=key, query=query, value=value, output=output_GDD)
+
+
+def _output_moment(module: nn.Module, shape: LayerShape) -> Tensor:
+    """Σ W W^T over the query heads of each KV head, W [D M] a head's output projection.  [GDD]"""
+    for name in ("o_proj", "dense", "out_proj"):
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Linear):
+            weight_GXD = (
+                projection.weight.detach()
+                .float()
+                .cpu()
+                .T.unflatten(0, (shape.kv_heads, -1, shape.head_dim))
+            )
+            return torch.einsum("gjdm,gjem->gde", weight_GXD, weight_GXD)
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no output projection named o_proj, dense or out_proj; "
+        "use value basis pca"
+    )

@@ -1,0 +1,438 @@
+"""The seam with transformers: load models, and switch their attention to latents and back.
+
+A model hands post-rotary queries, keys and values of every layer to one registered attention
+function. What that function does in a layer is decided by the layer's `matkv` attribute:
+
+    LayerProjection     attend on latents, from the cache or made on the spot without one
+    GatedProjection     attend at full width on gated coordinates, for training and search
+    an Observer         look at queries, keys and values, then attend as usual
+    nothing             attend as usual
+
+Shapes: B batch, H query head, G KV head, Q query position, T cached token, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from matkv.artifact import Artifact
+from matkv.attention import Latents, attend
+from matkv.cache import LatentCache, LatentLayer, use_latents
+from matkv.default_model import DEFAULT_MODEL, default_model_dir
+from matkv.errors import CacheError, MatkvError, ModelError, RankError, UnsupportedModelError
+from matkv.projection import GatedProjection, LayerProjection
+from matkv.ranks import Geometry, LayerShape, RankTable
+
+NAME = "matkv"
+logger = logging.getLogger(__name__)
+
+# An observer sees one layer's [BHQD] queries and [BGTD] keys and values.
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+
+# Keywords that models pass on to attention functions and that change nothing here: positions are in
+# the rotary embedding, sliding windows and causality in the mask, the rest is for other functions.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+
+# ---- loading
+
+
+def load_model(
+    name: str | Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, ready for inference, and its tokenizer.
+
+    `name` is a hub id, a local directory, a .gguf file or "smollm2-135m", the default model.
+    `dtype` is a torch dtype, its name, or "auto" for the one the weights are stored in.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+        UnsupportedModelError: it is not a decoder.
+    """
+    source, options = _source(str(name))
+    options["trust_remote_code"] = trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_dtype(dtype), **options, **_gguf_options(options)
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(
+            f"cannot load {name}: {_first_line(error)} (a model is a hub id, a directory, a .gguf "
+            f"file or {DEFAULT_MODEL})"
+        ) from error
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; matkv compresses decoders")
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    model.config._name_or_path = _identity(str(name))
+    return model.eval(), tokenizer
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    if name == DEFAULT_MODEL:
+        return str(default_model_dir()), {}
+    if name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise ModelError(f"no file {name}")
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
+
+
+def _gguf_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Newer transformers keep GGUF weights quantized unless told otherwise."""
+    if "gguf_file" not in options:
+        return {}
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _identity(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"dtype {dtype!r} must be auto, float32, bfloat16 or float16")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- what a model's cache looks like
+
+
+def geometry_of(config: PreTrainedConfig) -> Geometry:
+    """The cache geometry of a model, from its config alone.
+
+    Raises:
+        UnsupportedModelError: its attention cannot be reproduced on latents.
+    """
+    name = config.model_type
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; matkv compresses decoders")
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise UnsupportedModelError(f"{name} has multi-head latent attention: already compressed")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedModelError(f"{name} caps its attention scores (softcap)")
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise UnsupportedModelError(f"{name} does not state one number of attention heads")
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers = []
+    for layer in DynamicCache(config=text).layers:
+        if type(layer) is DynamicLayer:
+            layers.append(LayerShape(kv_heads=kv_heads, head_dim=head_dim))
+        elif type(layer) is DynamicSlidingWindowLayer:
+            window = int(layer.sliding_window)
+            layers.append(LayerShape(kv_heads=kv_heads, head_dim=head_dim, window=window))
+        else:
+            raise UnsupportedModelError(f"{name} has cache layers of type {type(layer).__name__}")
+    geometry = Geometry(query_heads=heads, layers=tuple(layers))
+    if not geometry.growing:
+        raise UnsupportedModelError(f"every layer of {name} has a sliding window: nothing grows")
+    return geometry
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The self-attention module of every layer, in order.
+
+    Raises:
+        UnsupportedModelError: the model does not follow transformers' attention interface.
+    """
+    name = model.config.model_type
+    found = {
+        module.layer_idx: module
+        for module in model.get_decoder().modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
+    }
+    layers = len(geometry_of(model.config).layers)
+    if not model._supports_attention_backend or sorted(found) != list(range(layers)):
+        raise UnsupportedModelError(f"{name} does not follow transformers' attention interface")
+    for module in found.values():
+        if isinstance(getattr(module, "sinks", None), Tensor):
+            raise UnsupportedModelError(f"{name} has learned attention sinks")
+        if not module.is_causal:
+            raise UnsupportedModelError(f"{name} attends in both directions")
+    return [found[index] for index in range(layers)]
+
+
+def fingerprint(model: PreTrainedModel) -> tuple[float, ...]:
+    """A few weights of every attention module, by which a model is recognized."""
+    samples: list[float] = []
+    for module in attention_modules(model):
+        weight = next(p for p in module.parameters() if p.is_floating_point()).detach().flatten()
+        picks = torch.linspace(0, weight.numel() - 1, 8).long().to(weight.device)
+        samples += [round(sample, 7) for sample in weight[picks].float().tolist()]
+    return tuple(samples)
+
+
+# ---- the attention function
+
+
+def register() -> None:
+    """Make "matkv" known to transformers as an attention implementation; may be called twice."""
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of the same name no mask would arrive, and padding would be attended.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Latents,
+    value: Tensor | Latents,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer.  [BHQD, BGTD, BGTD -> BQHD]
+
+    Raises:
+        UnsupportedModelError: a keyword asks for something this function does not do.
+    """
+    _refuse_unknown(module, kwargs)
+    handler = getattr(module, "matkv", None)
+    if isinstance(handler, LayerProjection):
+        latents = key if isinstance(key, Latents) else _latents(handler, key, value)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out_BHQD = attend(latents, query, attention_mask, scaling=scaling, dropout=dropout)
+        return out_BHQD.transpose(1, 2).contiguous(), None
+    if isinstance(key, Latents) or isinstance(value, Latents):
+        raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
+    if isinstance(handler, GatedProjection):
+        query, key, value = handler.enter(query, key, value)
+    elif handler is not None:
+        handler(query, key, value)
+    out_BQHD, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
+    )
+    if isinstance(handler, GatedProjection):
+        out_BQHD = handler.leave(out_BQHD.transpose(1, 2)).transpose(1, 2).contiguous()
+    return out_BQHD, None
+
+
+def _latents(projection: LayerProjection, key: Tensor, value: Tensor | Latents) -> Latents:
+    """Latents of a forward pass without a cache: those that a cache would hold after it."""
+    assert isinstance(value, Tensor)
+    if projection.keeps_exact:
+        latents: Latents = LatentLayer(projection).update(key, value)[0]
+        return latents
+    return Latents(projection, projection.encode(key, value))
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedModelError("attention in both directions is not supported")
+    for name, value in kwargs.items():
+        if value is None or value is False or name in HARMLESS or name == "is_causal":
+            continue
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {name}={str(value)[:40]!r} to its attention, which "
+            "matkv would ignore: this model or option is not supported"
+        )
+
+
+# ---- attach and detach
+
+
+@dataclass
+class Attachment:
+    """What `attach` did to a model, kept on it for `detach` and for questions about it."""
+
+    artifact: Artifact
+    table: RankTable
+    attention_before: str
+    hook: RemovableHandle
+
+
+def attach(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    budget: float | None = None,
+    *,
+    ranks: RankTable | None = None,
+    sink: int | None = None,
+    window: int | None = None,
+) -> PreTrainedModel:
+    """Switch `model` to latent attention at a budget or at given ranks; returns the same model.
+
+    Afterwards `model.generate(...)` fills a `LatentCache` by itself. Attaching again replaces the
+    ranks. `sink` and `window`, the numbers of first and last tokens kept exact, come from the
+    artifact unless given.
+
+    Raises:
+        FingerprintError: the artifact was made for another model.
+        BudgetError, RankError: the budget or the ranks do not fit.
+    """
+    if (budget is None) == (ranks is None):
+        raise RankError("attach takes either a budget or a rank table")
+    modules = attention_modules(model)
+    artifact.check(geometry_of(model.config), fingerprint(model))
+    table = ranks if ranks is not None else artifact.table(budget)  # type: ignore[arg-type]
+    if table.geometry != artifact.geometry:
+        raise RankError("the rank table was made for another model's geometry")
+    sink, window = _exact(artifact.sink, sink, "sink"), _exact(artifact.window, window, "window")
+    detach(model)
+    for layer in artifact.geometry.growing:
+        projection = LayerProjection(
+            artifact.maps(layer, "key"),
+            artifact.maps(layer, "value"),
+            table.key[layer],
+            table.value[layer],
+            sink=sink,
+            window=window,
+        )
+        parameter = next(modules[layer].parameters())
+        modules[layer].matkv = projection.to(parameter.device, model.dtype).requires_grad_(False)
+    before = _use_implementation(model, NAME)
+    hook = model.get_decoder().register_forward_pre_hook(_provide_cache(model), with_kwargs=True)
+    model.__dict__["matkv_attachment"] = Attachment(artifact, table, before, hook)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach`; does nothing to a model that is not attached. Returns the same model."""
+    attachment: Attachment | None = model.__dict__.pop("matkv_attachment", None)
+    if attachment is None:
+        return model
+    attachment.hook.remove()
+    for module in attention_modules(model):
+        if isinstance(getattr(module, "matkv", None), LayerProjection):
+            del module.matkv
+    model.set_attn_implementation(attachment.attention_before)
+    return model
+
+
+def attached_table(model: PreTrainedModel) -> RankTable:
+    """The ranks an attached model runs at.
+
+    Raises:
+        MatkvError: the model is not attached.
+    """
+    attachment: Attachment | None = model.__dict__.get("matkv_attachment")
+    if attachment is None:
+        raise MatkvError("the model is not attached: call matkv.attach(model, artifact, budget)")
+    return attachment.table
+
+
+@contextmanager
+def handled(
+    model: PreTrainedModel, handlers: Mapping[int, GatedProjection | Observer]
+) -> Iterator[None]:
+    """Let `handlers[layer]` take part in the attention of forward passes meanwhile.
+
+    Raises:
+        MatkvError: the model is attached.
+    """
+    if "matkv_attachment" in model.__dict__:
+        raise MatkvError("the model is attached: call matkv.detach(model) first")
+    modules = attention_modules(model)
+    before = _use_implementation(model, NAME)
+    try:
+        for layer, handler in handlers.items():
+            modules[layer].__dict__["matkv"] = handler  # not a submodule: the model stays as it is
+        yield
+    finally:
+        for layer in handlers:
+            modules[layer].__dict__.pop("matkv", None)
+        model.set_attn_implementation(before)
+
+
+def _use_implementation(model: PreTrainedModel, name: str) -> str:
+    register()
+    text = model.config.get_text_config(decoder=True)
+    before: str = text._attn_implementation
+    model.set_attn_implementation(name)
+    return before
+
+
+def _exact(default: int, given: int | None, name: str) -> int:
+    tokens = default if given is None else given
+    if tokens < 0:
+        raise RankError(f"{name} {tokens} must be a number of tokens, 0 for none")
+    return tokens
+
+
+def _provide_cache(model: PreTrainedModel) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """A pre-hook that turns the empty cache of a forward pass into a latent one, in place.
+
+    In place, because the caller, `generate` above all, keeps its own reference to the cache.
+    """
+
+    def hook(
+        decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        wanted = model.config.get_text_config().use_cache if use_cache is None else use_cache
+        if cache is None and wanted and not decoder.training:
+            kwargs["past_key_values"] = LatentCache(model)
+        elif cache is not None and not _is_latent(cache):
+            use_latents(cache, model)
+        _note_padding(model, kwargs.get("attention_mask"))
+        return args, kwargs
+
+    return hook
+
+
+def _is_latent(cache: Any) -> bool:
+    return any(isinstance(layer, LatentLayer) for layer in getattr(cache, "layers", ()))
+
+
+def _note_padding(model: PreTrainedModel, mask: Any) -> None:
+    """Tell layers that keep sinks where each sequence starts, counted with left padding."""
+    start_B = None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        start_B = mask.to(torch.int32).argmax(dim=-1)
+    for module in model.modules():
+        if isinstance(module, LayerProjection) and module.sink:
+            module.start_B = start_B

@@ -1,0 +1,250 @@
+"""Rank tables: which rank every layer, side and KV head keeps, and the bytes that follow.
+
+A layer either grows with the context, and is compressed, or has a sliding window, and stays at full
+width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` counts both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from matkv.errors import BudgetError, RankError
+
+Side = Literal["key", "value"]
+SIDES: tuple[Side, Side] = ("key", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """One layer's cache: `kv_heads` × `head_dim` for keys and for values, a token.
+
+    `window` is the layer's sliding window in tokens; None means that it keeps every token.
+    """
+
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def grows(self) -> bool:
+        return self.window is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The shape of a model's cache: `query_heads` of every layer, and each layer's `LayerShape`."""
+
+    query_heads: int
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def growing(self) -> tuple[int, ...]:
+        """Indices of the layers that keep every token: the ones matkv compresses."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.grows)
+
+    @property
+    def head_dim(self) -> int:
+        """Largest head dim of the growing layers."""
+        return max(self.layers[index].head_dim for index in self.growing)
+
+    @property
+    def default_step(self) -> int:
+        """Δ, the default grain of ranks: an eighth of the head dim."""
+        return max(1, self.head_dim // 8)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Geometry:
+        layers = tuple(LayerShape(**layer) for layer in data["layers"])
+        return cls(query_heads=data["query_heads"], layers=layers)
+
+
+LayerRanks = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """Ranks of every layer, side and KV head: `key[layer][head]`, `value[layer][head]`.
+
+    Layers with a sliding window are listed at their full head dim. Zero is a rank: key rank zero
+    attends evenly to all visible tokens, value rank zero makes the head's output zero.
+
+    Raises:
+        RankError: a rank is outside 0..head_dim, or the table does not have the geometry's shape.
+    """
+
+    geometry: Geometry
+    key: tuple[LayerRanks, ...]
+    value: tuple[LayerRanks, ...]
+
+    def __post_init__(self) -> None:
+        for side in SIDES:
+            table = self.side(side)
+            if len(table) != len(self.geometry.layers):
+                raise RankError(
+                    f"the {side} table has {len(table)} layers, "
+                    f"the model has {len(self.geometry.layers)}"
+                )
+            for index, (ranks, shape) in enumerate(zip(table, self.geometry.layers, strict=True)):
+                _check_layer(side, index, ranks, shape)
+
+    def side(self, side: Side) -> tuple[LayerRanks, ...]:
+        return self.key if side == "key" else self.value
+
+    # ---- making tables
+
+    @classmethod
+    def full(cls, geometry: Geometry) -> RankTable:
+        """Every rank at its head dim: nothing is lost and nothing is saved."""
+        ranks = tuple((shape.head_dim,) * shape.kv_heads for shape in geometry.layers)
+        return cls(geometry, ranks, ranks)
+
+    @classmethod
+    def uniform(cls, geometry: Geometry, budget: float, *, step: int | None = None) -> RankTable:
+        """The same rank everywhere: the largest multiple of `step` within `budget`.
+
+        Raises:
+            BudgetError: `budget` is outside (0, 1], or smaller than one `step`.
+        """
+        return cls.uniform_sides(geometry, budget, budget, step=step)
+
+    @classmethod
+    def uniform_sides(
+        cls,
+        geometry: Geometry,
+        key_budget: float,
+        value_budget: float,
+        *,
+        step: int | None = None,
+    ) -> RankTable:
+        """One rank for all keys and another for all values, each within its own budget.
+
+        Raises:
+            BudgetError: a budget is outside (0, 1], or smaller than one `step`.
+        """
+        sides = [
+            tuple(
+                (_uniform_rank(shape, budget, step or geometry.default_step),) * shape.kv_heads
+                for shape in geometry.layers
+            )
+            for budget in (key_budget, value_budget)
+        ]
+        return cls(geometry, sides[0], sides[1])
+
+    # ---- arithmetic
+
+    def growing_ranks(self) -> Iterator[tuple[int, Side, int, int]]:
+        """(layer, side, head, rank) of every rank in a layer that grows."""
+        for layer in self.geometry.growing:
+            for side in SIDES:
+                for head, rank in enumerate(self.side(side)[layer]):
+                    yield layer, side, head, rank
+
+    @property
+    def budget(self) -> float:
+        """Kept bytes over full bytes, of the layers that grow."""
+        return sum(rank for *_, rank in self.growing_ranks()) / _full_columns(self.geometry)
+
+    def share(self, side: Side) -> float:
+        """Kept over full columns of one side of the layers that grow."""
+        kept = sum(rank for _, its_side, _, rank in self.growing_ranks() if its_side == side)
+        return 2 * kept / _full_columns(self.geometry)
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that one more token of one sequence adds to the cache."""
+        return sum(rank for *_, rank in self.growing_ranks()) * dtype.itemsize
+
+    def nbytes(
+        self, tokens: int, dtype: torch.dtype, *, batch: int = 1, sink: int = 0, window: int = 0
+    ) -> int:
+        """Bytes the cache holds for `batch` sequences of `tokens` tokens each.
+
+        A layer with a sliding window holds its last window - 1 tokens at full width, as
+        transformers does. The first `sink` and the last `window` tokens keep the coordinates
+        beyond the rank.
+        """
+        exact = min(tokens, sink) + min(tokens, window)
+        total = 0
+        for layer, shape in enumerate(self.geometry.layers):
+            width = 2 * shape.kv_heads * shape.head_dim
+            if shape.window is not None:
+                total += min(tokens, shape.window - 1) * width
+                continue
+            kept = sum(self.key[layer]) + sum(self.value[layer])
+            total += tokens * kept + exact * (width - kept)
+        return total * batch * dtype.itemsize
+
+    # ---- JSON
+
+    def to_json(self) -> dict[str, Any]:
+        return {side: [list(ranks) for ranks in self.side(side)] for side in SIDES}
+
+    @classmethod
+    def from_json(cls, geometry: Geometry, data: dict[str, Any]) -> RankTable:
+        """Inverse of `to_json`.
+
+        Raises:
+            RankError: `data` is not a table for `geometry`.
+        """
+        try:
+            key, value = (tuple(tuple(ranks) for ranks in data[side]) for side in SIDES)
+        except (KeyError, TypeError) as error:
+            raise RankError(
+                'a rank table is {"key": [[rank of each head] of each layer], "value": ...}; '
+                f"this one is not ({type(error).__name__}: {error})"
+            ) from None
+        return cls(geometry, key, value)
+
+
+def check_budget(budget: float) -> float:
+    """`budget` itself.
+
+    Raises:
+        BudgetError: it is not in (0, 1].
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise BudgetError(
+            f"budget {budget} must be in (0, 1]: the fraction of cache bytes to keep, 0.5 for half"
+        )
+    return float(budget)
+
+
+def _uniform_rank(shape: LayerShape, budget: float, step: int) -> int:
+    check_budget(budget)
+    if not 1 <= step <= shape.head_dim and shape.grows:
+        raise RankError(f"step {step} must be in 1..{shape.head_dim}, the head dim")
+    if not shape.grows or budget == 1:
+        return shape.head_dim
+    # The tiny addend keeps 0.29 * 100 == 28.999999999999996 at 29.
+    rank = math.floor(budget * shape.head_dim / step + 1e-9) * step
+    if rank == 0:
+        raise BudgetError(
+            f"budget {budget} is below one step of {step} columns of {shape.head_dim}; "
+            f"use a budget of at least {step / shape.head_dim:g} or a smaller step"
+        )
+    return rank
+
+
+def _full_columns(geometry: Geometry) -> int:
+    shapes = (geometry.layers[index] for index in geometry.growing)
+    return sum(2 * shape.kv_heads * shape.head_dim for shape in shapes)
+
+
+def _check_layer(side: Side, index: int, ranks: LayerRanks, shape: LayerShape) -> None:
+    where = f"{side} ranks of layer {index}"
+    if len(ranks) != shape.kv_heads:
+        raise RankError(f"{where}: {len(ranks)} given, the layer has {shape.kv_heads} KV heads")
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= shape.head_dim:
+            raise RankError(f"{where}: rank {rank!r} must be a whole number in 0..{shape.head_dim}")
+    if not shape.grows and set(ranks) != {shape.head_dim}:
+        raise RankError(
+            f"{where}: {ranks} given, but a layer with a sliding window stays at {shape.head_dim}"
+        )

@@ -1,0 +1,250 @@
+"""Texts from every source, and the way from text to batches."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from matkv import data
+from matkv.errors import DataError
+
+
+def word_tokenizer(eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
+    vocab = {"<eos>": 0, "<unk>": 1, "one": 2, "two": 3, "three": 4}
+    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, unk_token="<unk>")
+
+
+# ------------------------------------------------------------------------------- cache home
+
+
+def test_cache_home_prefers_own_variable_then_xdg_then_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("MATKV_CACHE", "~/own")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert data.cache_home() == Path("/home/somebody/own")
+    monkeypatch.delenv("MATKV_CACHE")
+    assert data.cache_home() == Path("/xdg/matkv")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert data.cache_home() == Path("/home/somebody/.cache/matkv")
+
+
+# ------------------------------------------------------------------------------- read_texts
+
+
+def test_text_file_is_one_document(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("First line.\n\nSecond – line.\n", encoding="utf-8")
+    assert data.read_texts(str(file), "train") == ["First line.\n\nSecond – line.\n"]
+
+
+def test_directory_gives_its_text_files_by_name_without_blank_ones(tmp_path: Path) -> None:
+    for name, text in {"b.txt": "B", "a.txt": "A", "c.txt": " \n", "d.md": "D"}.items():
+        (tmp_path / name).write_text(text)
+    assert data.read_texts(tmp_path, "train") == ["A", "B"]
+
+
+def test_jsonl_gives_the_field_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": "one\u2028two"}, ensure_ascii=False), "", '{"text": "three"}']
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert data.read_texts(file, "train") == ["one\u2028two", "three"]
+
+
+@pytest.mark.parametrize("bad", ['{"text": ', '{"body": "x"}', '{"text": 3}', '["text"]'])
+def test_jsonl_error_names_the_line(tmp_path: Path, bad: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"text": "fine"}}\n\n{bad}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3"):
+        data.read_texts(file, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", b"", "holds no text"),
+        ("blank.jsonl", b"\n\n", "holds no text"),
+        ("latin.txt", b"caf\xe9", "not UTF-8 at byte 3"),
+        ("table.csv", b"a,b", r"suffix '\.csv'"),
+    ],
+)
+def test_bad_files_are_refused(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        data.read_texts(tmp_path / name, "train")
+
+
+def test_directory_without_text_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no \.txt file"):
+        data.read_texts(tmp_path, "train")
+
+
+# --------------------------------------------------------------------------------- hub data
+
+
+class HubDataset(dict[str, list[Any]]):
+    @property
+    def column_names(self) -> list[str]:
+        return list(self)
+
+
+def test_hub_name_configuration_and_split_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> HubDataset:
+        calls.append((name, config, split))
+        return HubDataset(text=["one", "", None])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert data.read_texts("hub:owner/name:config", "validation") == ["one"]
+    data.read_texts("hub:name", "train")
+    assert calls == [("owner/name", "config", "validation"), ("name", None, "train")]
+
+
+def test_hub_failures_become_data_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown_split(name: str, config: str | None, *, split: str) -> HubDataset:
+        raise ValueError("Unknown split")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=unknown_split))
+    with pytest.raises(DataError, match="cannot load split 'validation' of hub:x: Unknown split"):
+        data.read_texts("hub:x", "validation")
+    no_text = SimpleNamespace(load_dataset=lambda *_, **__: HubDataset(body=["x"]))
+    monkeypatch.setitem(sys.modules, "datasets", no_text)
+    with pytest.raises(DataError, match=r"has columns \['body'\]"):
+        data.read_texts("hub:x", "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'matkv\[train\]'"):
+        data.read_texts("hub:x", "train")
+
+
+# ------------------------------------------------------------------------- default articles
+
+
+def test_articles_are_extracted_once_and_split_without_overlap(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    extractions = []
+
+    def extract(path: Path) -> list[tuple[str, str]]:
+        extractions.append(path)
+        return [(f"Title {i}", f"Text {i}") for i in range(106)]
+
+    monkeypatch.setenv("MATKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "_find_articles", lambda: tmp_path)
+    monkeypatch.setattr(data, "_extract_articles", extract)
+    train, validation = data.default_articles("train"), data.read_texts("default", "validation")
+    assert (len(train), len(validation), len(extractions)) == (96, 10, 1)
+    assert sorted(train + validation) == sorted(f"Text {i}" for i in range(106))
+    assert len(list((tmp_path / "cache" / "text").iterdir())) == 1
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(DataError, match="split 'test' must be"):
+        data.default_articles("test")  # type: ignore[arg-type]
+
+
+def test_missing_gensim_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MATKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(DataError, match=r"pip install 'matkv\[default-model\]'"):
+        data.default_articles("train")
+
+
+def test_another_article_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / data.ARTICLES_FILE
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"other articles")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setenv("MATKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
+    with pytest.raises(DataError, match=r"gensim==4\.4\.0"):
+        data.default_articles("train")
+
+
+def test_cache_that_cannot_be_written_names_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="set MATKV_CACHE"):
+        data._write_articles([("A", "a")], tmp_path / "file" / "articles.jsonl")
+
+
+def test_article_text_has_no_markup_and_no_empty_section() -> None:
+    sections = [
+        ("Introduction", "\n\n\n'''Ant''' is ''an''  insect. \n\n\n\n* \n* one\n"),
+        ("History", "===Early===\nLong ago."),
+        ("References", "\n* \n* \n"),
+    ]
+    assert data._article_text("Ant", sections) == (
+        "Ant\n\nAnt is an  insect.\n\n* one\n\nHistory\n\nEarly\nLong ago.\n"
+    )
+
+
+@pytest.mark.slow
+def test_real_articles_are_the_documented_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MATKV_CACHE", str(tmp_path))
+    train, validation = data.default_articles("train"), data.default_articles("validation")
+    assert (len(train), len(validation)) == (96, 10)
+    assert train[0].startswith("Anarchism\n\nAnarchism is a political philosophy")
+    assert validation[2].startswith("Andre Agassi\n")
+    assert 3_000_000 < sum(map(len, train + validation)) < 3_200_000
+
+
+# ----------------------------------------------------------------------------------- tokens
+
+
+def test_documents_are_joined_with_end_of_sequence() -> None:
+    tokens_T = data.token_stream(word_tokenizer(), ["one two", "three"])
+    assert tokens_T.dtype == torch.int64
+    assert tokens_T.tolist() == [2, 3, 0, 4]
+    assert data.token_stream(word_tokenizer(eos=None), ["one two", "three"]).tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_no_tokens_is_an_error(texts: list[str]) -> None:
+    with pytest.raises(DataError, match="no tokens"):
+        data.token_stream(word_tokenizer(), texts)
+
+
+def test_windows_are_full_and_do_not_overlap() -> None:
+    windows_NT = data.windows(torch.arange(11), 4)
+    assert windows_NT.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert data.windows(torch.arange(11), 4, limit_tokens=7).tolist() == [[0, 1, 2, 3]]
+
+
+def test_too_few_tokens_for_a_window_names_both_numbers() -> None:
+    with pytest.raises(DataError, match="11 tokens are fewer than one window of 12"):
+        data.windows(torch.arange(11), 12)
+    with pytest.raises(DataError, match="the first 5 of 11 tokens are fewer than one window of 8"):
+        data.windows(torch.arange(11), 8, limit_tokens=5)
+    with pytest.raises(DataError, match="window 0 must be at least 1"):
+        data.windows(torch.arange(11), 0)
+
+
+def test_batches_keep_the_order_unless_given_a_generator() -> None:
+    windows_NT = torch.arange(10).reshape(5, 2)
+    assert [len(batch_BT) for batch_BT in data.batches(windows_NT, 2)] == [2, 2, 1]
+    assert torch.equal(torch.cat(list(data.batches(windows_NT, 2))), windows_NT)
+
+    def shuffled(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat(list(data.batches(windows_NT, 2, generator=generator)))
+
+    assert torch.equal(shuffled(0), shuffled(0))
+    assert not torch.equal(shuffled(0), windows_NT)
+    assert sorted(shuffled(0).flatten().tolist()) == list(range(10))
+    with pytest.raises(DataError, match="batch size 0"):
+        data.batches(windows_NT, 0)
