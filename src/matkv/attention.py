@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matkv.errors import UnsupportedModelError
-from matkv.projection import Bucket, LayerProjection
+from matkv.latents import Bucket, LayerProjection
 
 # Explicit scores of one block of queries stay under this many elements (128 MiB in fp32).
 MAX_SCORES = 1 << 25

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from matkv.attention import Exact, Latents
 from matkv.errors import CacheError
-from matkv.projection import LayerProjection
+from matkv.latents import LayerProjection
 
 # Buffers grow by a quarter and in steps of this many tokens: appending one token copies nothing,
 # a token is copied four times in its life, and spare room stays under a quarter.

@@ -41,7 +41,7 @@ from matkv.attention import Latents, attend
 from matkv.cache import LatentCache, LatentLayer, use_latents
 from matkv.default_model import DEFAULT_MODEL, default_model_dir
 from matkv.errors import CacheError, MatkvError, ModelError, RankError, UnsupportedModelError
-from matkv.projection import GatedProjection, LayerProjection
+from matkv.latents import GatedProjection, LayerProjection
 from matkv.ranks import Geometry, LayerShape, RankTable
 
 NAME = "matkv"
