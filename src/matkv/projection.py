@@ -4,7 +4,7 @@
 
 Any prefix of columns is usable. For an orthogonal basis both maps are that basis.
 
-Shapes: B batch, G KV head, T token, D head dim, R rank.
+Shapes: G KV head, D head dim.
 """
 
 from __future__ import annotations
@@ -12,21 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-
-from matkv.errors import RankError
-
-
-def truncate(x_BGTD: Tensor, basis_GDD: Tensor, rank: int) -> Tensor:
-    """Keep the `rank` leading coordinates of `x` in `basis`.
-
-    z = x U[:, :rank]    [BGTD, GDD -> BGTR]
-
-    Raises:
-        RankError: `rank` is outside 0..D.
-    """
-    if not 0 <= rank <= basis_GDD.shape[-1]:
-        raise RankError(f"rank {rank} must be in 0..{basis_GDD.shape[-1]}")
-    return x_BGTD @ basis_GDD[..., :rank]
 
 
 @dataclass(frozen=True)
