@@ -101,13 +101,15 @@ class LatentLayer(DynamicLayer):
                 projection.bucket_list, projection.split(key), projection.split(value), strict=True
             )
         ]
+        B, noted_B = key.shape[0], projection.start_B
         if first == 0 or self.exact is None:
-            B = key.shape[0]
-            self.start_B = projection.start_of(B, key.device)
+            self.start_B = torch.zeros(B, dtype=torch.long, device=key.device)
             self.exact = [
                 Exact(r.new_zeros(B, r.shape[1], projection.sink, r.shape[3]), r[:, :, :0])
                 for r in rest
             ]
+        if noted_B is not None and noted_B.shape[0] == B:
+            self.start_B = noted_B.to(key.device)
         assert self.start_B is not None
         self.exact = [
             Exact(
@@ -265,12 +267,7 @@ class LatentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all storages the cache holds, spare room included."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for layer in self.layers
-            for tensor in _layer_tensors(layer)
-        }
-        return sum(storages.values())
+        return storage_nbytes(self)
 
     @property
     def used_nbytes(self) -> int:
@@ -281,6 +278,23 @@ class LatentCache(Cache):
             else sum(t.numel() * t.element_size() for t in _layer_tensors(layer))
             for layer in self.layers
         )
+
+
+def new_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache of the kind the model runs with: latent when attached, else a DynamicCache."""
+    if attached_projections(model):
+        return LatentCache(model)
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def storage_nbytes(cache: Cache) -> int:
+    """Bytes of all storages that a latent, dynamic or static cache holds, each counted once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in _layer_tensors(layer)
+    }
+    return sum(storages.values())
 
 
 def use_latents(cache: Cache, model: PreTrainedModel, *, max_cache_len: int | None = None) -> None:

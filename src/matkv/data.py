@@ -3,6 +3,7 @@
 The path of the data is the order of this file:
 
     read_texts -> documents -> token_stream -> tokens_T -> windows -> windows_NT -> batches
+    (text_windows joins the middle)
 
 Shapes: B batch, N windows, T tokens.
 """
@@ -289,6 +290,32 @@ def windows(tokens_T: Tensor, window: int, limit_tokens: int | None = None) -> T
         )
     count = available // window
     return tokens_T[: count * window].reshape(count, window)
+
+
+def text_windows(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    window: int,
+    limit_tokens: int | None = None,
+) -> Tensor:
+    """Documents as full windows of a model's tokens.
+
+    Where the tokenizer starts every text with a special token, as Gemma's does, every window starts
+    with it, for such models are at a loss without it.
+
+    Returns:
+        int64 [N, window], `limit_tokens` tokens at most.
+
+    Raises:
+        DataError: there are fewer tokens than one window, or `window` is below 1.
+    """
+    tokens_T = token_stream(tokenizer, texts)
+    start = tokenizer.bos_token_id
+    if start is None or tokenizer("a").input_ids[0] != start:
+        return windows(tokens_T, window, limit_tokens)
+    limit = None if limit_tokens is None else limit_tokens - limit_tokens // max(window, 1)
+    windows_NT = windows(tokens_T, window - 1, limit)
+    return torch.cat((torch.full((len(windows_NT), 1), start), windows_NT), dim=1)
 
 
 def batches(

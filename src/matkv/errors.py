@@ -8,7 +8,8 @@ MatkvError
 ├── DataError               text that is missing, empty, too short or malformed
 ├── ModelError              a model that cannot be found or loaded
 │   └── UnsupportedModelError   loaded, but compressing it would be silently wrong
-└── CacheError              a cache used in a way that would lose or mix up tokens
+├── CacheError              a cache used in a way that would lose or mix up tokens
+└── TrainingError           settings that do not fit, a loss that is no number, a foreign checkpoint
 """
 
 
@@ -46,3 +47,7 @@ class UnsupportedModelError(ModelError):
 
 class CacheError(MatkvError):
     """A cache is used in a way that would lose or mix up tokens."""
+
+
+class TrainingError(MatkvError):
+    """Training is set up wrongly, has diverged, or cannot go on from a checkpoint."""

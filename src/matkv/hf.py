@@ -429,10 +429,14 @@ def _is_latent(cache: Any) -> bool:
 
 
 def _note_padding(model: PreTrainedModel, mask: Any) -> None:
-    """Tell layers that keep sinks where each sequence starts, counted with left padding."""
+    """Tell layers that keep sinks where each sequence starts, counted with left padding.
+
+    A sequence of padding alone, as the first of several chunks can be, starts after it.
+    """
     start_B = None
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        start_B = mask.to(torch.int32).argmax(dim=-1)
+        real_BT = mask.bool()
+        start_B = torch.where(real_BT.any(-1), real_BT.int().argmax(-1), real_BT.shape[1])
     for module in model.modules():
         if isinstance(module, LayerProjection) and module.sink:
             module.start_B = start_B

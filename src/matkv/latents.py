@@ -128,12 +128,6 @@ class LayerProjection(nn.Module):
         """Whether some tokens keep all their coordinates."""
         return self.sink > 0 or self.window > 0
 
-    def start_of(self, batch: int, device: torch.device) -> Tensor:
-        """First real position of each sequence of the forward pass under way.  [B]"""
-        if self.start_B is None or self.start_B.shape[0] != batch:
-            return torch.zeros(batch, dtype=torch.long, device=device)
-        return self.start_B.to(device)
-
     def split(self, x_BGXX: Tensor) -> list[Tensor]:
         """Pick each bucket's heads along dimension 1."""
         if len(self.bucket_list) == 1:

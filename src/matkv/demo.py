@@ -1,0 +1,172 @@
+"""The demo: the main job end to end on the default model, in minutes on two CPU cores."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from matkv import console, data
+from matkv.artifact import Artifact
+from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments
+from matkv.default_model import DEFAULT_MODEL
+from matkv.evaluate import Row, evaluate, resident_bytes
+from matkv.hf import attach, detach, load_model
+from matkv.plots import plot_quality
+
+BUDGETS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+PROMPT = "What is the capital of France, and what is it known for?"
+ANSWER_BUDGET = 0.5
+RESIDENT_TOKENS = 4096
+CALIBRATE_TOKENS = 32_768
+SCORE_TOKENS = 6144
+
+
+def demo(out: Path) -> dict[str, Any]:
+    """Calibrate the default model, compress its cache, generate and measure; print as it goes.
+
+    Writes `out`/pca, `out`/calibrated and `out`/perplexity.png, and returns what it measured.
+    """
+    started = time.perf_counter()
+    with console.err.status(f"loading {DEFAULT_MODEL} (converted once, about 20 s)"):
+        model, tokenizer = load_model(DEFAULT_MODEL)
+    artifacts = _calibrate(model, tokenizer, out)
+    held_out = data.text_windows(
+        tokenizer, data.read_texts("default", "validation"), 1024, SCORE_TOKENS
+    )
+    rows = _evaluate(model, artifacts, held_out)
+    calibrated = artifacts["calibrated"]
+    tokens_T = data.text_windows(
+        tokenizer, data.read_texts("default", "validation"), RESIDENT_TOKENS, RESIDENT_TOKENS
+    )[0]
+    resident = _resident(model, calibrated, tokens_T)
+    answers = _answers(model, tokenizer, calibrated)
+    for name, answer in answers.items():
+        console.out.print(f"\n[bold]{name}[/bold]: {answer}")
+    console.out.print()
+    console.out.print(_table(rows, resident))
+    full = rows["pca"][0].perplexity
+    curves = {
+        name: [(row.budget, row.perplexity) for row in its_rows if row.budget is not None]
+        for name, its_rows in rows.items()
+    }
+    title = f"SmolLM2-135M (4-bit weights), held-out articles, {SCORE_TOKENS:,} tokens"
+    plot = plot_quality(curves, full, out / "perplexity.png", title)
+    seconds = time.perf_counter() - started
+    console.out.print(f"artifacts in {out}, plot in {plot}; {seconds:.0f} s in all")
+    return {
+        "rows": {name: [row.to_json() for row in its_rows] for name, its_rows in rows.items()},
+        "resident_bytes": {str(budget): nbytes for budget, nbytes in resident.items()},
+        "answers": answers,
+        "plot": str(plot),
+        "seconds": seconds,
+    }
+
+
+def _calibrate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> dict[str, Artifact]:
+    """One pass over training articles gives both artifacts."""
+    texts = data.read_texts("default", "train")
+    windows_NT = data.text_windows(tokenizer, texts, 512, CALIBRATE_TOKENS)
+    with console.token_progress("calibrating", windows_NT.numel()) as update:
+        layers, tokens = collect_moments(
+            model, data.batches(windows_NT, 8), on_progress=lambda progress: update(progress.tokens)
+        )
+    kinds = {
+        "pca": CalibrateConfig(key="pca", value="pca"),
+        "calibrated": CalibrateConfig(),
+    }
+    artifacts = {}
+    for name, config in kinds.items():
+        artifacts[name] = artifact_from(model, layers, config, tokens=tokens)
+        artifacts[name].save(out / name)
+    return artifacts
+
+
+def _evaluate(
+    model: PreTrainedModel, artifacts: dict[str, Artifact], windows_NT: Tensor
+) -> dict[str, list[Row]]:
+    """Rows of every artifact; the full cache is scored once and heads each list."""
+    rows: dict[str, list[Row]] = {}
+    total = windows_NT.numel() * (len(artifacts) * len(BUDGETS) + 1)
+    with console.token_progress("scoring held-out articles", total) as update:
+        done = 0
+        for name, artifact in artifacts.items():
+            first = not rows
+            passes = [None, *BUDGETS] if first else list(BUDGETS)
+            rows[name] = evaluate(
+                model,
+                artifact,
+                windows_NT,
+                BUDGETS,
+                full_cache=first,
+                on_progress=lambda at, tokens, passes=passes, done=done: update(  # type: ignore[misc]
+                    done + passes.index(at) * windows_NT.numel() + tokens
+                ),
+            )
+            done += windows_NT.numel() * len(passes)
+    full = next(iter(rows.values()))[0]
+    return {name: its if its[0].budget is None else [full, *its] for name, its in rows.items()}
+
+
+def _resident(
+    model: PreTrainedModel, artifact: Artifact, tokens_T: Tensor
+) -> dict[float | None, int]:
+    """Measured bytes of the cache's storages after reading `tokens_T`, by budget."""
+    budgets = (None, *BUDGETS)
+    resident: dict[float | None, int] = {}
+    with console.token_progress("filling caches", len(budgets) * tokens_T.numel()) as update:
+        for index, budget in enumerate(budgets):
+            if budget is not None:
+                attach(model, artifact, budget)
+            resident[budget] = resident_bytes(model, tokens_T)
+            update((index + 1) * tokens_T.numel())
+    detach(model)
+    return resident
+
+
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, artifact: Artifact
+) -> dict[str, str]:
+    """The model's answer to one prompt with the full and with a compressed cache."""
+    chat = [{"role": "user", "content": PROMPT}]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    input_ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    answers = {"prompt": PROMPT}
+    for name in ("full cache", f"{ANSWER_BUDGET:.0%} of the cache"):
+        if name != "full cache":
+            attach(model, artifact, ANSWER_BUDGET)
+        with console.err.status(f"answering with {name}"):
+            output = model.generate(  # type: ignore[operator]
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=64,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        new = output[0, input_ids.shape[1] :]
+        answers[name] = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+    detach(model)
+    return answers
+
+
+def _table(rows: dict[str, list[Row]], resident: dict[float | None, int]) -> Table:
+    table = Table(title="perplexity on held-out articles", title_justify="left")
+    names = ("budget", "bytes/token", f"bytes held at {RESIDENT_TOKENS:,} tokens", *rows)
+    for name in names:
+        table.add_column(name, justify="right")
+    for lines in zip(*rows.values(), strict=True):
+        budget = lines[0].budget
+        table.add_row(
+            "full cache" if budget is None else f"{budget:.1%}",
+            f"{lines[0].bytes_per_token:,}",
+            f"{resident[budget]:,}",
+            *(f"{line.perplexity:.1f}" for line in lines),
+        )
+    return table

@@ -1,0 +1,305 @@
+"""How far a model on truncated latents is from itself with a full cache.
+
+    KL = mean over tokens of KL(teacher ‖ student),  teacher: full cache, student: gated
+
+The text is cut into batches, and under accelerate or torchrun every process measures every n-th
+batch. What is reduced is one number a sequence, added up in one order everywhere, so that any
+number of processes gives the same result to the last bit.
+
+Shapes: B batch, N sequence, T token, V vocabulary, G KV head, D head dim, C candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from matkv.errors import DataError, UnsupportedModelError
+from matkv.latents import GatedProjection, rank_gate
+from matkv.ranks import RankTable
+
+Batch = Tensor | Mapping[str, Tensor]
+Gated = dict[int, GatedProjection]
+
+
+@dataclass
+class Piece:
+    """One batch of the text: `first` is the index of its first sequence in the whole text.
+
+    `mask_BT` is 0 at padding. `teacher_BTV` holds the teacher's logits, in the model's own dtype,
+    where the piece belongs to this process.
+    """
+
+    first: int
+    ids_BT: Tensor
+    mask_BT: Tensor
+    padded: bool
+    teacher_BTV: Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.ids_BT.shape[0])
+
+    def inputs(self, copies: int = 1) -> dict[str, Tensor]:
+        inputs = {"input_ids": self.ids_BT.repeat(copies, 1)}
+        if self.padded:
+            inputs["attention_mask"] = self.mask_BT.repeat(copies, 1)
+        return inputs
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokenized text in batches, of which this process measures `mine`."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def sequences(self) -> int:
+        return self.pieces[-1].rows.stop
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(piece.mask_BT.sum()) for piece in self.pieces)
+
+    @property
+    def mine(self) -> tuple[Piece, ...]:
+        if not _distributed():
+            return self.pieces
+        return self.pieces[dist.get_rank() :: dist.get_world_size()]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Nats a token: `kl` from the teacher, and the student's and teacher's own loss on the text."""
+
+    kl: float
+    loss: float
+    teacher_loss: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Student's perplexity over teacher's, minus one."""
+        return float(torch.tensor(self.loss - self.teacher_loss, dtype=torch.float64).expm1())
+
+
+def take_text(batches: Iterable[Batch], tokens: int, device: torch.device, use: str) -> Text:
+    """As many batches as hold `tokens` tokens.
+
+    Raises:
+        DataError: they hold fewer; `use` names what the text is for.
+    """
+    pieces: list[Piece] = []
+    count = first = 0
+    for batch in batches:
+        fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        ids_BT = fields["input_ids"].to(device)
+        mask_BT = fields.get("attention_mask", torch.ones_like(ids_BT)).to(device)
+        pieces.append(Piece(first, ids_BT, mask_BT, not bool(mask_BT.all())))
+        first += ids_BT.shape[0]
+        count += int(mask_BT.sum())
+        if count >= tokens:
+            return Text(tuple(pieces))
+    raise DataError(f"the text ends after {count} of {tokens} tokens to {use} on: give more text")
+
+
+@torch.inference_mode()
+def add_teacher(model: PreTrainedModel, text: Text) -> None:
+    """Keep the teacher's logits with the pieces of this process, computed once."""
+    for piece in text.mine:
+        piece.teacher_BTV = model(**piece.inputs(), use_cache=False).logits
+
+
+@torch.inference_mode()
+def measure(model: PreTrainedModel, gated: Gated, text: Text, table: RankTable) -> Divergence:
+    """Divergence of the model at `table`, by all processes together."""
+    set_gates(gated, table)
+    sums_N3 = torch.zeros(text.sequences, 3, dtype=torch.float64, device=model.device)
+    for piece in text.mine:
+        logits_BTV = model(**piece.inputs(), use_cache=False).logits
+        sums_N3[piece.rows] = _sums(logits_BTV, piece)
+    kl, loss, teacher_loss = (reduced(sums_N3).sum(0)).tolist()
+    targets = sum(int(_target_mask(piece.mask_BT).sum()) for piece in text.pieces)
+    return Divergence(kl / text.tokens, loss / targets, teacher_loss / targets)
+
+
+@torch.inference_mode()
+def measure_changes(
+    model: PreTrainedModel,
+    gated: Gated,
+    text: Text,
+    table: RankTable,
+    changes: Mapping[int, Sequence[RankTable]],
+    *,
+    batched: int = 1,
+) -> dict[int, list[float]]:
+    """KL of tables that differ from `table` in one layer: `changes[layer]` lists them.
+
+    Hidden states below that layer are computed once for all of its tables, and `batched` tables go
+    through the model together.
+    """
+    order = sorted(changes)
+    counts = [len(changes[layer]) for layer in order]
+    kl_NC = torch.zeros(text.sequences, sum(counts), dtype=torch.float64, device=model.device)
+    blocks = _blocks(model)
+    for piece in text.mine:
+        set_gates(gated, table)
+        with _recorded(blocks) as outputs:
+            model(**piece.inputs(), use_cache=False)
+        column = 0
+        for layer in order:
+            for tables in _chunks(changes[layer], batched):
+                sums = _kl_of_tables(model, gated, piece, blocks, outputs, layer, tables)
+                kl_NC[piece.rows, column : column + len(tables)] = sums
+                column += len(tables)
+            set_gates(gated, table, layer)
+    kl_C = (reduced(kl_NC).sum(0) / text.tokens).tolist()
+    found = iter(kl_C)
+    return {layer: [next(found) for _ in changes[layer]] for layer in order}
+
+
+def _kl_of_tables(
+    model: PreTrainedModel,
+    gated: Gated,
+    piece: Piece,
+    blocks: list[nn.Module],
+    outputs: list[Any],
+    layer: int,
+    tables: Sequence[RankTable],
+) -> Tensor:
+    """Summed KL of every sequence under every table; only blocks from `layer` on are run.  [BC]"""
+    B, C = piece.ids_BT.shape[0], len(tables)
+    projection = gated[layer]
+    dim = projection.key_gate.shape[-1]
+    for side in ("key", "value"):
+        gate_CGD = torch.stack([rank_gate(table.side(side)[layer], dim) for table in tables])
+        gate_BGD = gate_CGD.repeat_interleave(B, 0).to(model.device)
+        setattr(projection, f"{side}_gate", gate_BGD)
+    with _resumed(blocks, outputs, layer, C):
+        logits = model(**piece.inputs(C), use_cache=False).logits
+    parts = [_sums(part_BTV, piece)[:, 0] for part_BTV in logits.split(B)]
+    return torch.stack(parts, dim=1)
+
+
+def set_gates(gated: Gated, table: RankTable, layer: int | None = None) -> None:
+    """Open the columns that `table` keeps, in one layer or in all."""
+    for index, projection in gated.items():
+        if layer is None or index == layer:
+            gate = projection.key_maps.encode_GDD
+            dim, device = gate.shape[-1], gate.device
+            projection.key_gate = rank_gate(table.key[index], dim).to(device)
+            projection.value_gate = rank_gate(table.value[index], dim).to(device)
+
+
+def reduced(rows_N: Tensor) -> Tensor:
+    """Rows of all processes: each fills its own and leaves the others at zero.  [N... -> N...]"""
+    if _distributed():
+        dist.all_reduce(rows_N)
+    return rows_N
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+# ---- sums over one batch
+
+
+def _sums(logits_BTV: Tensor, piece: Piece) -> Tensor:
+    """KL, student's loss and teacher's loss of every sequence, summed over its tokens.  [B3]
+
+    One sequence at a time: fp32 copies of all logits would be the largest tensors here.
+    """
+    assert piece.teacher_BTV is not None
+    rows = []
+    for student, teacher, ids_T, mask_T in zip(
+        logits_BTV, piece.teacher_BTV, piece.ids_BT, piece.mask_BT, strict=True
+    ):
+        log_q_TV, log_p_TV = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        target_T1 = ids_T[1:, None]
+        wanted_T = _target_mask(mask_T)
+        losses = [
+            -(log[:-1].gather(-1, target_T1)[:, 0] * wanted_T).sum(dtype=torch.float64)
+            for log in (log_q_TV, log_p_TV)
+        ]
+        kl_TV = F.kl_div(log_q_TV, log_p_TV, reduction="none", log_target=True)
+        rows.append(torch.stack([(kl_TV.sum(-1).double() * mask_T).sum(), *losses]))
+    return torch.stack(rows)
+
+
+def _target_mask(mask_BT: Tensor) -> Tensor:
+    """1 at tokens whose next token is there to be predicted.  [..., T-1]"""
+    return mask_BT[..., 1:] * mask_BT[..., :-1]
+
+
+# ---- sharing the layers below a change
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's blocks, in order.
+
+    Raises:
+        UnsupportedModelError: there is no list of them.
+    """
+    decoder = model.get_decoder()
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == layers:
+            return list(child)
+    raise UnsupportedModelError(f"{type(decoder).__name__} has no list of {layers} decoder blocks")
+
+
+@contextmanager
+def _recorded(blocks: list[nn.Module]) -> Iterator[list[Any]]:
+    """Collect what every block returns."""
+    outputs: list[Any] = []
+    hooks = [block.register_forward_hook(lambda *io: outputs.append(io[2])) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _resumed(
+    blocks: list[nn.Module], outputs: list[Any], layer: int, copies: int
+) -> Iterator[None]:
+    """Let blocks below `layer` return what they returned before, once per copy of the batch."""
+    replaced = blocks[:layer]
+    try:
+        for block, output in zip(replaced, outputs, strict=False):
+            block.forward = _Replay(output, copies)
+        yield
+    finally:
+        for block in replaced:
+            del block.forward
+
+
+class _Replay:
+    """Stands in for a block's forward."""
+
+    def __init__(self, output: Any, copies: int) -> None:
+        self.output, self.copies = output, copies
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        if isinstance(self.output, Tensor):
+            return self._copied(self.output)
+        return tuple(self._copied(part) for part in self.output)
+
+    def _copied(self, part: Any) -> Any:
+        if not isinstance(part, Tensor) or self.copies == 1:
+            return part
+        return part.repeat(self.copies, *[1] * (part.dim() - 1))
+
+
+def _chunks(tables: Sequence[RankTable], size: int) -> Iterator[Sequence[RankTable]]:
+    for first in range(0, len(tables), size):
+        yield tables[first : first + size]

@@ -1,0 +1,156 @@
+"""Evaluate: perplexity and bytes of the full cache and of every budget, side by side.
+
+Shapes: N windows, B batch, T token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from matkv.artifact import Artifact
+from matkv.cache import new_cache, storage_nbytes
+from matkv.errors import DataError
+from matkv.hf import attach, detach, geometry_of
+from matkv.ranks import RankTable
+
+# Logits of at most this many elements are turned to fp32 at once (256 MiB).
+MAX_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an evaluation; `budget` is None for the full cache.
+
+    `kept` is the fraction of bytes that the ranks really keep, never above `budget`.
+    `bytes_per_token` is what each further token of one sequence adds, in the model's dtype;
+    `tokens` the number of predicted tokens; `stderr` the standard error of the mean log-likelihood
+    over windows.
+    """
+
+    budget: float | None
+    kept: float
+    perplexity: float
+    stderr: float
+    bytes_per_token: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    windows_NT: Tensor,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[float, float, int]:
+    """exp of the mean negative log-likelihood of every window's tokens but its first.
+
+    Runs without a cache: on an attached model that is the truncated forward pass, which equals
+    cached decoding. Returns the perplexity, the standard error of the mean log-likelihood over
+    windows, and the number of predicted tokens. `on_progress` gets the number of tokens seen.
+
+    Raises:
+        DataError: a window is shorter than two tokens.
+    """
+    windows, length = windows_NT.shape
+    if windows == 0 or length < 2:
+        raise DataError(f"{windows} windows of {length} tokens: perplexity needs one of at least 2")
+    means = []
+    for index, window_T in enumerate(windows_NT):
+        logits_TV = model(window_T[None].to(model.device), use_cache=False).logits[0, :-1]
+        means.append(_mean_loss(logits_TV, window_T[1:].to(model.device)))
+        if on_progress is not None:
+            on_progress((index + 1) * length)
+    losses = torch.tensor(means, dtype=torch.float64)
+    stderr = float(losses.std() / math.sqrt(windows)) if windows > 1 else math.nan
+    return math.exp(float(losses.mean())), stderr, windows * (length - 1)
+
+
+def _mean_loss(logits_TV: Tensor, target_T: Tensor) -> float:
+    block = max(1, MAX_LOGITS // logits_TV.shape[1])
+    parts = zip(logits_TV.split(block), target_T.split(block), strict=True)
+    total = sum(float(F.cross_entropy(x.float(), y, reduction="sum")) for x, y in parts)
+    return total / target_T.numel()
+
+
+def evaluate(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    windows_NT: Tensor,
+    budgets: Sequence[float],
+    *,
+    uniform: bool = False,
+    sink: int | None = None,
+    window: int | None = None,
+    full_cache: bool = True,
+    on_progress: Callable[[float | None, int], None] | None = None,
+) -> list[Row]:
+    """Perplexity and bytes per token of the full cache, then of each budget.
+
+    `uniform` ignores stored rank tables. The model is left detached. `on_progress` gets the budget
+    under way, None for the full cache, and the tokens seen of it.
+
+    Raises:
+        FingerprintError, BudgetError, DataError: see `attach` and `perplexity`.
+    """
+    tables = {budget: artifact.table(budget, uniform=uniform) for budget in budgets}
+    detach(model)
+    rows = []
+    try:
+        for budget in [None, *budgets] if full_cache else list(budgets):
+            table = RankTable.full(geometry_of(model.config))
+            if budget is not None:
+                table = tables[budget]
+                attach(model, artifact, ranks=table, sink=sink, window=window)
+            rows.append(_row(model, windows_NT, budget, table, on_progress))
+    finally:
+        detach(model)
+    return rows
+
+
+def _row(
+    model: PreTrainedModel,
+    windows_NT: Tensor,
+    budget: float | None,
+    table: RankTable,
+    on_progress: Callable[[float | None, int], None] | None,
+) -> Row:
+    def report(tokens: int) -> None:
+        if on_progress is not None:
+            on_progress(budget, tokens)
+
+    started = time.perf_counter()
+    value, stderr, tokens = perplexity(model, windows_NT, on_progress=report)
+    return Row(
+        budget=budget,
+        kept=table.budget,
+        perplexity=value,
+        stderr=stderr,
+        bytes_per_token=table.bytes_per_token(model.dtype),
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.inference_mode()
+def resident_bytes(model: PreTrainedModel, tokens_T: Tensor) -> int:
+    """Bytes of the storages a cache holds after reading `tokens_T`, spare room included.
+
+    The cache is the latent one of an attached model, else transformers' DynamicCache.
+    """
+    cache = new_cache(model)
+    decoder = model.get_decoder()
+    decoder(tokens_T[None].to(model.device), past_key_values=cache, use_cache=True)
+    return storage_nbytes(cache)

@@ -1,0 +1,33 @@
+"""Fixtures: tiny models that every test hands back detached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import matkv
+from tiny import FAMILIES, Tiny, tiny
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
+    """A tiny model of each family in turn."""
+    subject = tiny(request.param)
+    yield subject
+    matkv.detach(subject.model)
+
+
+@pytest.fixture
+def llama() -> Iterator[Tiny]:
+    subject = tiny("llama")
+    yield subject
+    matkv.detach(subject.model)
+
+
+@pytest.fixture
+def gemma3() -> Iterator[Tiny]:
+    """Sliding and growing layers in turn."""
+    subject = tiny("gemma3")
+    yield subject
+    matkv.detach(subject.model)
