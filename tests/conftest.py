@@ -7,12 +7,20 @@ from collections.abc import Iterator
 import pytest
 
 import matkv
-from tiny import FAMILIES, Tiny, tiny
+from tiny import FAMILIES, RELATED, Tiny, tiny
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
+def any_family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
     """A tiny model of each family in turn."""
+    subject = tiny(request.param)
+    yield subject
+    matkv.detach(subject.model)
+
+
+@pytest.fixture(params=[name for name in FAMILIES if name not in RELATED])
+def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
+    """A tiny model of each family that differs from the others."""
     subject = tiny(request.param)
     yield subject
     matkv.detach(subject.model)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import matkv
 from matkv.artifact import Artifact
@@ -69,11 +69,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+# Like other families as far as matkv can see: only the shortest tests take these too.
+RELATED = ("granite", "cohere", "starcoder2")
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A tiny model in evaluation mode, and an artifact calibrated for it."""
 
-    model: PreTrainedModel
+    model: Any
     artifact: Artifact
 
     @property
@@ -83,21 +87,21 @@ class Tiny:
     def ragged(self, seed: int = 0) -> RankTable:
         return ragged_table(self.geometry, seed)
 
-    def attach(self, **options: Any) -> PreTrainedModel:
+    def attach(self, **options: Any) -> Any:
         """Attach at the full budget unless told otherwise."""
         if "ranks" not in options:
             options.setdefault("budget", 1.0)
         return matkv.attach(self.model, self.artifact, **options)
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
+def build(name: str, seed: int = 0) -> Any:
     """A new random model; unlike a fresh one, its biases and norms are random too."""
     return from_config(FAMILIES[name](), seed)
 
 
-def from_config(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def from_config(config: PreTrainedConfig, seed: int = 0) -> Any:
     with seeded(seed):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -158,7 +162,7 @@ def random_maps(heads: int, dim: int, seed: int, *, oblique: bool = False) -> Ma
     return Maps(basis_GDD * scale_D, basis_GDD / scale_D)
 
 
-def greedy(model: PreTrainedModel, ids: Tensor, new: int = 16, **options: Any) -> Tensor:
+def greedy(model: Any, ids: Tensor, new: int = 16, **options: Any) -> Tensor:
     """Token ids of greedy generation, prompt included."""
     out: Tensor = model.generate(ids, max_new_tokens=new, do_sample=False, **options)
     return out
@@ -166,7 +170,7 @@ def greedy(model: PreTrainedModel, ids: Tensor, new: int = 16, **options: Any) -
 
 @torch.no_grad()
 def stepwise(
-    model: PreTrainedModel,
+    model: Any,
     ids_BT: Tensor,
     steps: tuple[int, ...],
     cache: Any = None,
@@ -181,11 +185,13 @@ def stepwise(
         inputs: dict[str, Any] = {}
         if mask_BT is not None:
             positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
-            inputs = {"attention_mask": mask_BT[:, :end], "position_ids": positions_BT[:, start:end]}
+            inputs = {
+                "attention_mask": mask_BT[:, :end],
+                "position_ids": positions_BT[:, start:end],
+            }
         logits.append(model(ids_BT[:, start:end], past_key_values=cache, **inputs).logits)
     return torch.cat(logits, dim=1)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
-

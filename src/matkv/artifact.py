@@ -109,9 +109,9 @@ class Artifact:
         Raises:
             ArtifactError: the directory cannot be written, or `path` holds something else.
         """
-        target = Path(path)
-        if target.exists() and not (target / CONFIG).is_file() and not _is_empty_dir(target):
-            raise ArtifactError(f"{target} exists and is not an artifact: choose another directory")
+        target = Path(path).resolve()
+        _recover(target)
+        check_target(target)
         token = uuid.uuid4().hex[:8]
         new = target.with_name(f".{target.name}.new-{token}")
         try:
@@ -146,7 +146,7 @@ class Artifact:
             "bases_sha256": _sha256(directory / BASES),
             "sink": self.sink,
             "window": self.window,
-            "tables": {f"{b:g}": t.to_json() for b, t in sorted(self.tables.items())},
+            "tables": {str(b): t.to_json() for b, t in sorted(self.tables.items())},
             "history": list(self.history),
         }
         with (directory / CONFIG).open("w", encoding="utf-8") as file:
@@ -163,7 +163,7 @@ class Artifact:
         Raises:
             ArtifactError: it is missing, foreign, damaged or of another format version.
         """
-        directory = Path(path)
+        directory = Path(path).resolve()
         _recover(directory)
         config = _read_config(directory)
         try:
@@ -187,6 +187,24 @@ class Artifact:
                 f"{directory / CONFIG} is damaged ({type(error).__name__}: {error}): restore it, "
                 "or calibrate again"
             ) from error
+
+
+def check_target(path: Path) -> None:
+    """Make sure that saving to `path` replaces nothing but an artifact.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() and not _is_ours(path):
+        raise ArtifactError(f"{path} exists and is not an artifact: choose another directory")
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory holds an artifact; other programs, too, have a config.json."""
+    config = directory / CONFIG
+    return config.is_file() and b'"format": "matkv"' in config.read_bytes()[:4096]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -268,15 +286,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_empty_dir(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
 def _copy_others(old: Path, new: Path) -> None:
     """Start the new directory with everything of the old one that `save` does not write."""
-    ignore = shutil.ignore_patterns(CONFIG, BASES)
+
+    def ours(directory: str, _names: list[str]) -> set[str]:
+        return {CONFIG, BASES} if Path(directory) == old else set()
+
     if old.is_dir():
-        shutil.copytree(old, new, ignore=ignore, copy_function=_link_or_copy)
+        shutil.copytree(old, new, symlinks=True, ignore=ours, copy_function=_link_or_copy)
     else:
         new.mkdir()
 

@@ -74,10 +74,12 @@ class LatentLayer(DynamicLayer):
         return latents, latents
 
     def _append(self, buffer: Tensor, new_BNTC: Tensor, first: int) -> Tensor:
-        if new_BNTC.requires_grad:  # writing in place would break the graph of earlier tokens
+        if new_BNTC.requires_grad or buffer.requires_grad:
+            # Writing in place would break the graph of earlier tokens.
             return torch.cat((buffer[:, :, :first], new_BNTC), dim=2)
         capacity = buffer.shape[2]
-        if self.length > capacity:
+        is_frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if self.length > capacity or is_frozen:
             wanted = max(self.length, capacity + capacity // 4, self.reserve)
             B, N, _, C = new_BNTC.shape
             grown = new_BNTC.new_empty(B, N, -(-wanted // GRAIN) * GRAIN, C)
@@ -105,7 +107,7 @@ class LatentLayer(DynamicLayer):
         if first == 0 or self.exact is None:
             self.start_B = torch.zeros(B, dtype=torch.long, device=key.device)
             self.exact = [
-                Exact(r.new_zeros(B, r.shape[1], projection.sink, r.shape[3]), r[:, :, :0])
+                Exact(r.new_zeros(B, r.shape[1], projection.sink, r.shape[3]), r[:, :, :0].clone())
                 for r in rest
             ]
         if noted_B is not None and noted_B.shape[0] == B:
@@ -114,7 +116,7 @@ class LatentLayer(DynamicLayer):
         self.exact = [
             Exact(
                 _fill_sinks(old.sink_BNSE, r, self.start_B, first),
-                torch.cat((old.recent_BNWE, r), dim=2) if projection.window else r[:, :, :0],
+                torch.cat((old.recent_BNWE, r), dim=2) if projection.window else old.recent_BNWE,
             )
             for old, r in zip(self.exact, rest, strict=True)
         ]
@@ -147,24 +149,23 @@ class LatentLayer(DynamicLayer):
             raise CacheError(
                 f"crop({tokens_to_remove}): pass the negative number of tokens to remove"
             )
-        self.length = max(0, self.length + tokens_to_remove)
-        if self.exact is None or not self.projection.window:
-            return
-        removed, window = -tokens_to_remove, self.projection.window
-        recents = self.exact[0].recent_BNWE.shape[2]
-        if recents - removed < min(window, self.length):
-            raise CacheError(
-                f"cannot crop {removed} tokens of a cache with an exact window of {window}: call "
-                "activate_past_recording() before the tokens are added, or use window=0"
-            )
-        self.exact = [
-            Exact(e.sink_BNSE, _last(e.recent_BNWE[:, :, : recents - removed], window))
-            for e in self.exact
-        ]
+        removed, window = min(-tokens_to_remove, self.length), self.projection.window
+        if self.exact is not None and window:
+            recents = self.exact[0].recent_BNWE.shape[2]
+            if recents - removed < min(window, self.length - removed):
+                raise CacheError(
+                    f"cannot crop {removed} tokens of a cache with an exact window of {window}: "
+                    "call activate_past_recording() before the tokens are added, or use window=0"
+                )
+            self.exact = [
+                Exact(e.sink_BNSE, _last(e.recent_BNWE[:, :, : recents - removed], window).clone())
+                for e in self.exact
+            ]
+        self.length -= removed
 
     def reset(self) -> None:
         """Forget all tokens; the buffers are kept for the next sequence."""
-        self.length, self.exact, self.start_B = 0, None, None
+        self.length, self.exact, self.start_B, self.record_past = 0, None, None, False
 
     def _select(self, index_B: Tensor) -> None:
         def pick(tensor: Tensor) -> Tensor:
@@ -287,6 +288,16 @@ def new_cache(model: PreTrainedModel) -> Cache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
+@torch.no_grad()
+def refill(model: PreTrainedModel, states: Cache) -> Cache:
+    """A cache of the kind the model runs with, holding the full keys and values of `states`."""
+    cache = new_cache(model)
+    for index, layer in enumerate(states.layers):
+        keys, values = _layer_tensors(layer)
+        cache.update(keys, values, index)
+    return cache
+
+
 def storage_nbytes(cache: Cache) -> int:
     """Bytes of all storages that a latent, dynamic or static cache holds, each counted once."""
     storages = {
@@ -300,14 +311,20 @@ def storage_nbytes(cache: Cache) -> int:
 def use_latents(cache: Cache, model: PreTrainedModel, *, max_cache_len: int | None = None) -> None:
     """Replace the empty growing layers of `cache` by latent ones, in place.
 
+    `model` is the whole model or its decoder.
+
     Raises:
         CacheError: the model is not attached, or the cache already holds full-width tokens.
     """
     projections = attached_projections(model)
     if not projections:
         raise CacheError("the model has no bases: call matkv.attach(model, artifact, budget) first")
+    layers = getattr(cache, "layers", [])
+    lazy = getattr(cache, "layer_class_to_replicate", None)  # a DynamicCache() starts empty
+    if lazy is not None:
+        layers += [lazy() for _ in range(len(layers), max(projections) + 1)]
     for index in projections:
-        layer = cache.layers[index]
+        layer = layers[index] if index < len(layers) else None
         if type(layer) is not DynamicLayer or layer.is_initialized:
             raise CacheError(
                 f"layer {index} of the {type(cache).__name__} cannot take latents: pass "

@@ -126,14 +126,16 @@ def collect_moments(
     decoder = model.get_decoder()
     started = time.perf_counter()
     was_training = model.training
-    model.eval()
-    with handled(model, recorders):
-        for batch in batches:
-            counter.start(batch, model.device, skip_first)
-            decoder(**counter.inputs, use_cache=False)
-            if on_progress is not None:
-                on_progress(Progress(counter.tokens, time.perf_counter() - started))
-    model.train(was_training)
+    try:
+        model.eval()
+        with handled(model, recorders):
+            for batch in batches:
+                counter.start(batch, model.device, skip_first)
+                decoder(**counter.inputs, use_cache=False)
+                if on_progress is not None:
+                    on_progress(Progress(counter.tokens, time.perf_counter() - started))
+    finally:
+        model.train(was_training)
     if counter.kept == 0:
         raise DataError("no token to calibrate on: the text is empty or all of it is skipped")
     modules = attention_modules(model)
@@ -216,6 +218,5 @@ def _output_moment(module: nn.Module, shape: LayerShape) -> Tensor:
             )
             return torch.einsum("gjdm,gjem->gde", weight_GXD, weight_GXD)
     raise UnsupportedModelError(
-        f"{type(module).__name__} has no output projection named o_proj, dense or out_proj; "
-        "use value basis pca"
+        f"{type(module).__name__} has no linear output projection named o_proj, dense or out_proj"
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from matkv import console, data
-from matkv.artifact import Artifact
+from matkv.artifact import Artifact, check_target
 from matkv.cache import LatentCache
 from matkv.calibrate import CalibrateConfig, calibrate
 from matkv.demo import demo
@@ -21,6 +21,8 @@ from matkv.errors import MatkvError
 from matkv.evaluate import evaluate
 from matkv.hf import attach, load_model
 from matkv.ranks import check_budget
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help=__doc__,
@@ -84,6 +86,7 @@ def calibrate_command(
 ) -> None:
     """Make an artifact from one pass over text: bases for every layer and KV head."""
     config = CalibrateConfig(key=key, value=value, skip_first=skip_first)  # type: ignore[arg-type]
+    check_target(out)
     texts = data.read_texts(text, "train")
     model, tokenizer = _load(model_name, dtype, device, trust_remote_code)
     windows = data.text_windows(tokenizer, texts, window, tokens)
@@ -314,6 +317,7 @@ def main() -> None:
     except MatkvError as error:
         console.err.print(f"[red]error:[/red] {error}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.err.print("interrupted; nothing half-written was left")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # how typer reports Ctrl-C
+            console.err.print("interrupted; nothing half-written was left")
+        raise

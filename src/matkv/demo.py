@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import console, data
 from matkv.artifact import Artifact
+from matkv.cache import refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments
 from matkv.default_model import DEFAULT_MODEL
-from matkv.evaluate import Row, evaluate, resident_bytes
+from matkv.evaluate import Row, evaluate, full_states
 from matkv.hf import attach, detach, load_model
 from matkv.plots import plot_quality
 
@@ -119,14 +120,11 @@ def _resident(
     model: PreTrainedModel, artifact: Artifact, tokens_T: Tensor
 ) -> dict[float | None, int]:
     """Measured bytes of the cache's storages after reading `tokens_T`, by budget."""
-    budgets = (None, *BUDGETS)
-    resident: dict[float | None, int] = {}
-    with console.token_progress("filling caches", len(budgets) * tokens_T.numel()) as update:
-        for index, budget in enumerate(budgets):
-            if budget is not None:
-                attach(model, artifact, budget)
-            resident[budget] = resident_bytes(model, tokens_T)
-            update((index + 1) * tokens_T.numel())
+    with console.err.status(f"reading {tokens_T.numel():,} tokens"):
+        states = full_states(model, tokens_T)
+    resident: dict[float | None, int] = {None: storage_nbytes(refill(model, states))}
+    for budget in BUDGETS:
+        resident[budget] = storage_nbytes(refill(attach(model, artifact, budget), states))
     detach(model)
     return resident
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from matkv.artifact import Artifact
-from matkv.cache import new_cache, storage_nbytes
+from matkv.cache import new_cache
 from matkv.errors import DataError
 from matkv.hf import attach, detach, geometry_of
 from matkv.ranks import RankTable
@@ -145,12 +145,8 @@ def _row(
 
 
 @torch.inference_mode()
-def resident_bytes(model: PreTrainedModel, tokens_T: Tensor) -> int:
-    """Bytes of the storages a cache holds after reading `tokens_T`, spare room included.
-
-    The cache is the latent one of an attached model, else transformers' DynamicCache.
-    """
+def full_states(model: PreTrainedModel, tokens_T: Tensor) -> Cache:
+    """The full keys and values of a detached model after reading `tokens_T`."""
     cache = new_cache(model)
-    decoder = model.get_decoder()
-    decoder(tokens_T[None].to(model.device), past_key_values=cache, use_cache=True)
-    return storage_nbytes(cache)
+    model.get_decoder()(tokens_T[None].to(model.device), past_key_values=cache, use_cache=True)
+    return cache

@@ -4,7 +4,8 @@ A model hands post-rotary queries, keys and values of every layer to one registe
 function. What that function does in a layer is decided by the layer's `matkv` attribute:
 
     LayerProjection     attend on latents, from the cache or made on the spot without one
-    GatedProjection     attend at full width on gated coordinates, for training and search
+    GatedProjection     attend at full width on gated coordinates, for search
+    Projected           attend on keys and values multiplied by square matrices, for training
     an Observer         look at queries, keys and values, then attend as usual
     nothing             attend as usual
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,10 +44,11 @@ from matkv.attention import Latents, attend
 from matkv.cache import LatentCache, LatentLayer, use_latents
 from matkv.default_model import DEFAULT_MODEL, default_model_dir
 from matkv.errors import CacheError, MatkvError, ModelError, RankError, UnsupportedModelError
-from matkv.latents import GatedProjection, LayerProjection
+from matkv.latents import GatedProjection, LayerProjection, Projected
 from matkv.ranks import Geometry, LayerShape, RankTable
 
 NAME = "matkv"
+PREPARE = "_prepare_cache_for_generation"
 logger = logging.getLogger(__name__)
 
 # An observer sees one layer's [BHQD] queries and [BGTD] keys and values.
@@ -250,6 +254,8 @@ def attention_forward(
         raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
     if isinstance(handler, GatedProjection):
         query, key, value = handler.enter(query, key, value)
+    elif isinstance(handler, Projected):
+        key, value = handler(key, value)
     elif handler is not None:
         handler(query, key, value)
     out_BQHD, _ = sdpa_attention_forward(
@@ -334,7 +340,8 @@ def attach(
         parameter = next(modules[layer].parameters())
         modules[layer].matkv = projection.to(parameter.device, model.dtype).requires_grad_(False)
     before = _use_implementation(model, NAME)
-    hook = model.get_decoder().register_forward_pre_hook(_provide_cache(model), with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(_provide_cache, with_kwargs=True)
+    model.__dict__[PREPARE] = MethodType(_prepare_cache_for_generation, model)
     model.__dict__["matkv_attachment"] = Attachment(artifact, table, before, hook)
     return model
 
@@ -345,6 +352,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if attachment is None:
         return model
     attachment.hook.remove()
+    del model.__dict__[PREPARE]
     for module in attention_modules(model):
         if isinstance(getattr(module, "matkv", None), LayerProjection):
             del module.matkv
@@ -366,7 +374,7 @@ def attached_table(model: PreTrainedModel) -> RankTable:
 
 @contextmanager
 def handled(
-    model: PreTrainedModel, handlers: Mapping[int, GatedProjection | Observer]
+    model: PreTrainedModel, handlers: Mapping[int, GatedProjection | Projected | Observer]
 ) -> Iterator[None]:
     """Let `handlers[layer]` take part in the attention of forward passes meanwhile.
 
@@ -402,26 +410,41 @@ def _exact(default: int, given: int | None, name: str) -> int:
     return tokens
 
 
-def _provide_cache(model: PreTrainedModel) -> Callable[..., tuple[Any, dict[str, Any]]]:
+def _provide_cache(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """A pre-hook that turns the empty cache of a forward pass into a latent one, in place.
 
-    In place, because the caller, `generate` above all, keeps its own reference to the cache.
+    In place, because the caller keeps its own reference to the cache.
     """
+    assert isinstance(decoder, PreTrainedModel)
+    cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    wanted = decoder.config.get_text_config().use_cache if use_cache is None else use_cache
+    if cache is None and wanted and not decoder.training:
+        kwargs["past_key_values"] = LatentCache(decoder)
+    elif cache is not None and not _is_latent(cache):
+        use_latents(cache, decoder)
+    _note_padding(decoder, kwargs.get("attention_mask"))
+    return args, kwargs
 
-    def hook(
-        decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache")
-        wanted = model.config.get_text_config().use_cache if use_cache is None else use_cache
-        if cache is None and wanted and not decoder.training:
-            kwargs["past_key_values"] = LatentCache(model)
-        elif cache is not None and not _is_latent(cache):
-            use_latents(cache, model)
-        _note_padding(model, kwargs.get("attention_mask"))
-        return args, kwargs
 
-    return hook
+def _prepare_cache_for_generation(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+) -> None:
+    """What `generate` calls on an attached model to make its cache.
+
+    The cache turns latent at once, because assisted decoding asks it to record its past before the
+    first forward pass.
+    """
+    getattr(type(model), PREPARE)(model, generation_config, model_kwargs, *args)
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and not _is_latent(cache):
+        use_latents(cache, model)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
 
 
 def _is_latent(cache: Any) -> bool:

@@ -186,6 +186,24 @@ class GatedProjection(nn.Module):
         return restored
 
 
+class Projected:
+    """One layer's keys and values multiplied by square matrices, [GDD] or one a sequence [BGDD].
+
+    With encode diag(gate) decode^T, attention on them equals attention on latents, and queries and
+    outputs need no work. None leaves a side as it is.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def __call__(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.key is not None:
+            key_BGTD = key_BGTD @ self.key.to(key_BGTD.dtype)
+        if self.value is not None:
+            value_BGTD = value_BGTD @ self.value.to(value_BGTD.dtype)
+        return key_BGTD, value_BGTD
+
+
 def rank_gate(ranks: LayerRanks, dim: int) -> Tensor:
     """Gates that keep the first `ranks[head]` columns of every head.  [GD]"""
     return (torch.arange(dim) < torch.tensor(ranks)[:, None]).float()

@@ -23,7 +23,7 @@ def plot_quality(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, PercentFormatter
+        from matplotlib.ticker import FuncFormatter
     except ImportError as error:
         raise MatkvError("plots need matplotlib: pip install 'matkv[report]'") from error
     figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
@@ -42,7 +42,7 @@ def plot_quality(
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _minor(value)))
     ticks = sorted({budget for points in curves.values() for budget, _ in points})
     axes.set_xticks(ticks)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda budget, _: f"{100 * budget:g}%"))
     axes.invert_xaxis()
     axes.margins(x=0.08)
     axes.set_xlabel("cache bytes kept")

@@ -1,0 +1,81 @@
+"""Peak memory of a long context: the process's own high-water mark, full cache against latents.
+
+    python benchmarks/peak_memory.py [--tokens 16384] [--budget 1.0 0.5 0.25] [--json]
+
+A small random model with many layers reads the tokens in chunks, each configuration in a process of
+its own. The same process without any token gives the base that is subtracted.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from matkv import attach, calibrate
+from matkv.cache import new_cache
+from matkv.ranks import RankTable
+
+CHUNK = 256
+
+
+def child(tokens: int, budget: float) -> int:
+    """Peak bytes of this process after reading `tokens`; budget 0 stands for the full cache."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=48,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=64,
+        max_position_embeddings=tokens + 1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids_BT = torch.randint(0, 64, (1, max(tokens, 1)))
+    artifact = calibrate(model, [ids_BT[:, :256]])
+    if budget:
+        attach(model, artifact, ranks=RankTable.uniform(artifact.geometry, budget))
+    cache = new_cache(model)
+    with torch.inference_mode():
+        for part_BT in ids_BT[:, :tokens].split(CHUNK, dim=1):
+            if part_BT.numel():
+                model.get_decoder()(part_BT, past_key_values=cache, use_cache=True)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(tokens: int, budget: float) -> int:
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "--tokens",
+        str(tokens),
+        "--budget",
+        str(budget),
+    ]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--budget", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(child(options.tokens, options.budget[0]))
+        return
+    base = measure(0, 0)
+    peaks = {budget: measure(options.tokens, budget) - base for budget in (0.0, *options.budget)}
+    if options.json:
+        rows = [{"budget": budget or None, "peak_bytes": peak} for budget, peak in peaks.items()]
+        print(json.dumps({"tokens": options.tokens, "rows": rows}))
+        return
+    for budget, peak in peaks.items():
+        name = f"{budget:.1%}" if budget else "full cache"
+        print(f"{name:>10}  {peak / 2**20:8.1f} MiB  {peak / peaks[0.0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

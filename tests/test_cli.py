@@ -1,0 +1,216 @@
+"""Every command on a tiny model in a directory, and every error as one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from matkv import cli
+from matkv.artifact import Artifact
+from tiny import seeded
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory, a text file and a calibrated run."""
+    home = tmp_path_factory.mktemp("cli")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0, **{letter: index for index, letter in enumerate(alphabet, start=1)}}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    fast.save_pretrained(home / "model")
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    with seeded(0):
+        LlamaForCausalLM(config).save_pretrained(home / "model")
+    (home / "text.txt").write_text(TEXT)
+    return home
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    if not (folder / "run").exists():
+        code, _, err = call(monkeypatch, capsys, *calibrate(folder, folder / "run"))
+        assert code == 0, err
+    return folder / "run"
+
+
+def calibrate(folder: Path, out: Path) -> list[str]:
+    source = ["--text", str(folder / "text.txt"), "--window", "64", "--tokens", "512"]
+    return ["calibrate", str(folder / "model"), "-o", str(out), *source]
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Run the command line in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["matkv", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    code: Any = 0
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    captured = capsys.readouterr()
+    return int(code), captured.out, captured.err
+
+
+Call = tuple[pytest.MonkeyPatch, pytest.CaptureFixture[str]]
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    return monkeypatch, capsys
+
+
+def test_calibrate_writes_an_artifact(run: Path, folder: Path) -> None:
+    artifact = Artifact.load(run)
+    assert artifact.base_model == str((folder / "model").resolve())
+    assert artifact.history[0]["stage"] == "calibrate"
+    assert artifact.history[0]["tokens"] == 512
+
+
+def test_evaluate_prints_rows_as_json(run: Path, folder: Path, tools: Call) -> None:
+    text = ["--text", str(folder / "text.txt"), "--window", "32", "--tokens", "64"]
+    budgets = ["--budget", "1.0", "--budget", "0.5"]
+    code, out, _ = call(*tools, "evaluate", str(run), *budgets, *text, "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0
+    assert [row["budget"] for row in rows] == [None, 1.0, 0.5]
+    assert {"perplexity", "bytes_per_token", "tokens"} <= set(rows[0])
+    assert rows[0]["bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    assert rows[2]["bytes_per_token"] * 2 == rows[0]["bytes_per_token"]
+    assert rows[1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
+
+
+def test_evaluate_prints_a_table(run: Path, folder: Path, tools: Call) -> None:
+    text = ["--text", str(folder / "text.txt"), "--window", "32", "--tokens", "64"]
+    code, out, _ = call(*tools, "evaluate", str(run), "--budget", "0.25", *text)
+    assert code == 0
+    assert "full cache" in out
+    assert "25.0%" in out
+
+
+def test_generate_answers_and_counts_bytes(run: Path, tools: Call) -> None:
+    options = ["--budget", "0.5", "--max-new-tokens", "4", "--json"]
+    code, out, err = call(*tools, "generate", str(run), "hello", *options)
+    answer = json.loads(out)
+    assert code == 0, err
+    assert 1 <= answer["tokens"] <= 4
+    per_token = 2 * 2 * 2 * 8 * 4 // 2
+    assert answer["cache_bytes"] == answer["tokens_held"] * per_token
+
+
+def test_generate_streams_text(run: Path, tools: Call) -> None:
+    code, out, _ = call(*tools, "generate", str(run), "hello", "--raw", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.strip()
+
+
+def test_chat_keeps_its_cache_from_turn_to_turn(run: Path, tools: Call) -> None:
+    monkeypatch, _ = tools
+    lines = iter(["hello", "and again"])
+
+    def said(*_: object, **__: object) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("matkv.console.out.input", said)
+    read: list[int] = []
+    original = cli._generate
+
+    def spy(model: Any, tokenizer: Any, ids: list[int], cache: Any, *rest: Any, **how: Any) -> Any:
+        read.append(len(ids) - cache.get_seq_length())
+        return original(model, tokenizer, ids, cache, *rest, **how)
+
+    monkeypatch.setattr(cli, "_generate", spy)
+    code, _, err = call(*tools, "chat", str(run), "--max-new-tokens", "3")
+    assert code == 0, err
+    assert "bytes of cache" in err
+    assert len(read) == 2
+    assert 0 < read[1] < read[0] + len("and again") + 30
+
+
+def test_inspect_shows_a_picture_and_json(run: Path, tools: Call) -> None:
+    code, out, _ = call(*tools, "inspect", str(run))
+    assert code == 0
+    assert "█" in out
+    code, out, _ = call(*tools, "inspect", str(run), "--json")
+    energy = json.loads(out)["energy"]["0"]["key"]
+    assert torch.tensor(energy).sum(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+BAD = {
+    "no such run": (["evaluate", "{tmp}/none", "--budget", "0.5"], "no artifact at"),
+    "not an artifact": (["evaluate", "{model}", "--budget", "0.5"], "not a matkv artifact"),
+    "budget 0": (["evaluate", "{run}", "--budget", "0"], "budget 0.0 must be in (0, 1]"),
+    "budget 1.5": (["generate", "{run}", "hi", "--budget", "1.5"], "budget 1.5 must be in (0, 1]"),
+    "budget nan": (["evaluate", "{run}", "--budget", "nan"], "budget nan must be in (0, 1]"),
+    "small budget": (["generate", "{run}", "hi", "--budget", "0.01"], "below one step"),
+    "no text file": (["evaluate", "{run}", "--budget", "1", "--text", "{tmp}/no.txt"], "not exist"),
+    "empty text": (["evaluate", "{run}", "--budget", "1", "--text", "{tmp}/empty.txt"], "no text"),
+    "short text": (["evaluate", "{run}", "--budget", "1", "--text", "{tmp}/a.txt"], "fewer than"),
+    "no model": (["calibrate", "{tmp}/none", "-o", "{tmp}/o", "--text", "{text}"], "cannot load"),
+    "no gguf": (["calibrate", "{tmp}/x.gguf", "-o", "{tmp}/o", "--text", "{text}"], "no file"),
+    "bad basis": (["calibrate", "{model}", "-o", "{tmp}/o", "--key", "x"], "must be one of"),
+    "bad dtype": (["generate", "{run}", "hi", "--dtype", "int8"], "must be auto, float32"),
+    "empty prompt": (["generate", "{run}", "", "--raw"], "prompt is empty"),
+    "unknown option": (["evaluate", "{run}", "--bugdet", "1"], "No such option"),
+    "foreign output": (
+        ["calibrate", "{model}", "-o", "{model}", "--text", "{text}", "--window", "64"],
+        "is not an artifact",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, run: Path, folder: Path, tmp_path: Path, tools: Call
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.txt").write_text("short")
+    names = {"run": run, "model": folder / "model", "text": folder / "text.txt", "tmp": tmp_path}
+    arguments, message = BAD[case]
+    code, _, err = call(*tools, *(part.format(**names) for part in arguments))
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    if case != "unknown option":  # usage errors also print the usage
+        assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+def test_ctrl_c_ends_with_one_line(run: Path, folder: Path, tools: Call) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch, _ = tools
+    monkeypatch.setattr(cli, "calibrate", interrupted)
+    before = sorted((run / name).read_bytes() for name in ("config.json", "bases.safetensors"))
+    code, _, err = call(*tools, *calibrate(folder, run))
+    assert code == 130
+    assert "interrupted" in err
+    after = sorted((run / name).read_bytes() for name in ("config.json", "bases.safetensors"))
+    assert before == after
