@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from matkv import cli
+from matkv import cli, commands_make, commands_use
 from matkv.artifact import Artifact
 from tiny import seeded
 
@@ -140,13 +140,13 @@ def test_chat_keeps_its_cache_from_turn_to_turn(run: Path, tools: Call) -> None:
 
     monkeypatch.setattr("matkv.console.out.input", said)
     read: list[int] = []
-    original = cli._generate
+    original = commands_use._generate
 
     def spy(model: Any, tokenizer: Any, ids: list[int], cache: Any, *rest: Any, **how: Any) -> Any:
         read.append(len(ids) - cache.get_seq_length())
         return original(model, tokenizer, ids, cache, *rest, **how)
 
-    monkeypatch.setattr(cli, "_generate", spy)
+    monkeypatch.setattr(commands_use, "_generate", spy)
     code, _, err = call(*tools, "chat", str(run), "--max-new-tokens", "3")
     assert code == 0, err
     assert "bytes of cache" in err
@@ -207,7 +207,7 @@ def test_ctrl_c_ends_with_one_line(run: Path, folder: Path, tools: Call) -> None
         raise KeyboardInterrupt
 
     monkeypatch, _ = tools
-    monkeypatch.setattr(cli, "calibrate", interrupted)
+    monkeypatch.setattr(commands_make, "calibrate", interrupted)
     before = sorted((run / name).read_bytes() for name in ("config.json", "bases.safetensors"))
     code, _, err = call(*tools, *calibrate(folder, run))
     assert code == 130

@@ -1,0 +1,163 @@
+"""The default model itself: what the tiny models promise, on real weights (slow)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import matkv
+from matkv import data
+from matkv.artifact import Artifact
+from matkv.cache import refill
+from matkv.calibrate import collect_moments
+from matkv.evaluate import evaluate, full_states
+from matkv.ranks import RankTable
+from tiny import left_padded, ragged_table, stepwise
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+PROMPTS = (
+    "The history of the lighthouse begins in",
+    "In mathematics, a prime number is a whole number greater than one that",
+    "Dear Anna, thank you for your letter. Last week we went to the sea, and",
+)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return matkv.load_model("smollm2-135m", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def artifact(loaded: tuple[Any, Any]) -> Artifact:
+    model, tokenizer = loaded
+    texts = data.read_texts("default", "train")
+    windows_NT = data.text_windows(tokenizer, texts, 256, 4096)
+    return matkv.calibrate(model, data.batches(windows_NT, 8))
+
+
+@pytest.fixture
+def model(loaded: tuple[Any, Any]) -> Iterator[Any]:
+    yield loaded[0]
+    matkv.detach(loaded[0])
+
+
+@pytest.fixture
+def prompts(loaded: tuple[Any, Any]) -> list[torch.Tensor]:
+    return [loaded[1](prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def test_full_rank_gives_the_same_logits(
+    model: Any, artifact: Artifact, prompts: list[torch.Tensor]
+) -> None:
+    """Within 1e-5 of the largest logit; transformers' own sdpa and eager differ by as much."""
+    for ids in prompts:
+        plain = model(ids).logits
+        matkv.attach(model, artifact, 1.0)
+        for options in ({"use_cache": False}, {"use_cache": True}):
+            difference = (model(ids, **options).logits - plain).abs().max()
+            assert float(difference) < 1e-5 * float(plain.abs().max())
+        matkv.detach(model)
+        assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_full_rank_gives_the_same_tokens(
+    model: Any, artifact: Artifact, prompts: list[torch.Tensor], options: dict[str, Any]
+) -> None:
+    ids_BT, mask_BT = left_padded([prompt.where(prompt != 0, 1) for prompt in prompts])
+    how = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, **options}
+    alone = [model.generate(ids, attention_mask=torch.ones_like(ids), **how) for ids in prompts]
+    batch = model.generate(ids_BT, attention_mask=mask_BT, **how)
+    matkv.attach(model, artifact, 1.0)
+    for ids, plain in zip(prompts, alone, strict=True):
+        assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **how), plain)
+    assert torch.equal(model.generate(ids_BT, attention_mask=mask_BT, **how), batch)
+
+
+@torch.no_grad()
+def test_ragged_cache_equals_the_truncated_forward_pass(
+    model: Any, artifact: Artifact, prompts: list[torch.Tensor]
+) -> None:
+    table = ragged_table(artifact.geometry, seed=5)
+    matkv.attach(model, artifact, ranks=table)
+    ids = prompts[2]
+    whole = model(ids, use_cache=False).logits
+    cache = matkv.LatentCache(model)
+    pieces = stepwise(model, ids, (5, 3), cache)
+    assert float((pieces - whole).abs().max()) < 2e-5 * float(whole.abs().max())
+    assert cache.used_nbytes == table.nbytes(ids.shape[1], torch.float32)
+
+
+def test_perplexity_never_improves_as_rank_shrinks(
+    loaded: tuple[Any, Any], model: Any, artifact: Artifact
+) -> None:
+    texts = data.read_texts("default", "validation")
+    windows_NT = data.text_windows(loaded[1], texts, 512, 2048)
+    rows = evaluate(model, artifact, windows_NT, [1.0, 0.875, 0.75, 0.5, 0.25])
+    values = [row.perplexity for row in rows]
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+    for larger, smaller in pairwise(values):
+        assert smaller > larger * 0.995
+
+
+def test_decoding_at_full_rank_is_not_slower(loaded: tuple[Any, Any], artifact: Artifact) -> None:
+    """One step on latents against one with DynamicCache and sdpa, in turns, context 2,048."""
+    plain, latent = loaded[0], matkv.load_model("smollm2-135m", torch.float32)[0]
+    matkv.detach(plain)
+    texts = data.read_texts("default", "validation")
+    tokens_T = data.text_windows(loaded[1], texts, 2048, 2048)[0]
+    states = full_states(plain, tokens_T)
+    matkv.attach(latent, artifact, 1.0)
+    caches = refill(plain, states), refill(latent, states)
+    ratios = []
+    with torch.inference_mode():
+        for _ in range(20):
+            times = []
+            for model, cache in zip((plain, latent), caches, strict=True):
+                started = time.perf_counter()
+                model(tokens_T[None, -1:], past_key_values=cache, use_cache=True)
+                times.append(time.perf_counter() - started)
+            ratios.append(times[1] / times[0])
+    assert statistics.median(ratios[4:]) < 1.0
+
+
+def test_calibration_costs_little_over_a_forward_pass(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    windows_NT = data.text_windows(tokenizer, data.read_texts("default", "train"), 256, 2048)
+    ratios = []
+    for _ in range(4):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model.get_decoder()(windows_NT, use_cache=False)
+        plain = time.perf_counter() - started
+        started = time.perf_counter()
+        collect_moments(model, [windows_NT])
+        ratios.append((time.perf_counter() - started) / plain)
+    assert statistics.median(ratios[1:]) < 1.3
+
+
+def test_peak_memory_falls_with_the_budget() -> None:
+    """The process's own high-water mark, of a model with many layers at a long context."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "peak_memory.py")]
+    options = ["--tokens", "8192", "--budget", "0.25", "--json"]
+    result = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    full, quarter = (row["peak_bytes"] for row in json.loads(result.stdout)["rows"])
+    assert quarter < 0.45 * full
+
+
+def test_uniform_tables_of_the_default_model(artifact: Artifact) -> None:
+    table = RankTable.uniform(artifact.geometry, 0.375)
+    assert {rank for *_, rank in table.growing_ranks()} == {24}
+    assert table.bytes_per_token(torch.bfloat16) == 30 * 3 * 2 * 24 * 2
