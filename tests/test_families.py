@@ -63,7 +63,7 @@ def test_full_rank_generates_the_same_tokens(family: Tiny, options: dict[str, An
 
     def run() -> list[Tensor]:
         with seeded(0):
-            settings = {"max_new_tokens": 24 if options else 64, "do_sample": False, **options}
+            settings = {"max_new_tokens": 16 if options else 64, "do_sample": False, **options}
             alone = family.model.generate(PROMPTS[0], **settings)
             batch = family.model.generate(ids, attention_mask=mask, **settings)
         return [alone, batch]
@@ -220,7 +220,7 @@ def test_gradients_through_the_cache_are_those_without_it(
         if cached is None or uncached is None:
             assert cached is uncached
         else:
-            torch.testing.assert_close(cached, uncached, rtol=1e-3, atol=1e-5)
+            assert largest_difference(cached, uncached) <= 1e-4 * float(uncached.abs().max())
 
 
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (2, 3)])

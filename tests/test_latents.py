@@ -7,7 +7,7 @@ import torch
 
 from matkv.attention import Latents, attend
 from matkv.errors import RankError
-from matkv.latents import GatedProjection, LayerProjection, rank_gate
+from matkv.latents import Bucket, GatedProjection, LayerProjection, rank_gate
 from matkv.projection import Maps
 from matkv.ranks import LayerRanks
 from tiny import largest_difference, random_maps
@@ -42,46 +42,57 @@ def test_rows_are_the_leading_coordinates_of_every_head(
     projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks)
     key_BGTD, value_BGTD = random_states()
     rows = projection.encode(key_BGTD, value_BGTD)
-    seen = []
-    for bucket, rows_BNTC in zip(projection.bucket_list, rows, strict=True):
-        for place, head in enumerate(bucket.head_list):
+    order = projection.order.tolist()
+    for bucket, rows_BNTC in zip(projection.buckets, rows, strict=True):
+        for place, head in enumerate(order[bucket.heads]):
             z_key = key_BGTD[:, head] @ KEY.encode_GDD[head, :, : key_ranks[head]]
             z_value = value_BGTD[:, head] @ VALUE.encode_GDD[head, :, : value_ranks[head]]
             torch.testing.assert_close(rows_BNTC[:, place], torch.cat((z_key, z_value), -1))
-            seen.append(head)
-    assert sorted(seen) == list(range(HEADS))
+    assert sorted(order) == list(range(HEADS))
 
 
 @pytest.mark.parametrize(("key_ranks", "value_ranks"), TABLES)
 def test_rows_and_rest_together_lose_nothing(
     key_ranks: LayerRanks, value_ranks: LayerRanks
 ) -> None:
-    projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks)
+    projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks, sink=1)
     key_BGTD, value_BGTD = random_states()
-    for bucket, key_BNTD, value_BNTD in zip(
-        projection.bucket_list,
-        projection.split(key_BGTD),
-        projection.split(value_BGTD),
-        strict=True,
-    ):
-        rows, rest = bucket.rows(key_BNTD, value_BNTD), bucket.rest(key_BNTD, value_BNTD)
+    both = projection.encode(key_BGTD, value_BGTD), projection.rest(key_BGTD, value_BGTD)
+    order = projection.order.tolist()
+    for bucket, rows, rest in zip(projection.buckets, *both, strict=True):
         assert rows.shape[-1] + rest.shape[-1] == 2 * DIM
-        dropped = DIM - bucket.key_rank
-        whole = torch.cat((rows[..., : bucket.key_rank], rest[..., :dropped]), -1)
-        decode_GDD = KEY.decode_GDD[bucket.head_list]
-        assert largest_difference(whole @ decode_GDD.mT, key_BNTD) < 1e-5
+        for place, head in enumerate(order[bucket.heads]):
+            r_key, dropped = key_ranks[head], DIM - key_ranks[head]
+            whole_key = torch.cat((rows[:, place, :, :r_key], rest[:, place, :, :dropped]), -1)
+            whole_value = torch.cat((rows[:, place, :, r_key:], rest[:, place, :, dropped:]), -1)
+            for maps, whole, full in (
+                (KEY, whole_key, key_BGTD[:, head]),
+                (VALUE, whole_value, value_BGTD[:, head]),
+            ):
+                assert largest_difference(whole @ maps.decode_GDD[head].mT, full) < 1e-5
 
 
-def test_join_undoes_split() -> None:
+def test_unsort_undoes_sort() -> None:
     for key_ranks, value_ranks in TABLES:
         projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks)
         key_BGTD, _ = random_states()
-        assert torch.equal(projection.join(projection.split(key_BGTD)), key_BGTD)
+        assert torch.equal(projection.unsort(projection.sort(key_BGTD)), key_BGTD)
 
 
-def test_heads_of_equal_ranks_share_a_bucket() -> None:
-    projection = LayerProjection(KEY, VALUE, (3, 4, 3, 3), (5, 5, 5, 6))
-    assert [bucket.head_list for bucket in projection.bucket_list] == [[0, 2], [3], [1]]
+def test_leave_undoes_enter() -> None:
+    projection = LayerProjection(KEY, VALUE, *TABLES[2])
+    query_BHQD = torch.randn(2, 3 * HEADS, 5, DIM, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(projection.leave(projection.enter(query_BHQD), 5), query_BHQD)
+
+
+def test_heads_with_rows_of_one_width_share_a_bucket() -> None:
+    projection = LayerProjection(KEY, VALUE, (3, 6, 5, 3), (5, 5, 3, 6))
+    assert projection.order.tolist() == [0, 2, 3, 1]
+    assert projection.buckets == [
+        Bucket(slice(0, 2), 8, 5),
+        Bucket(slice(2, 3), 9, 6),
+        Bucket(slice(3, 4), 11, 6),
+    ]
 
 
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 3, 3, 13), (3, 3, 3, -1)])

@@ -3,6 +3,7 @@
     config.json          format version, base model, fingerprint, geometry, rank tables, history
     bases.safetensors    layers.<l>.<side>.encode [GDD], .decode [GDD] unless orthogonal,
                          .energy [GD]; fp32
+    lora/                adapters in PEFT's format, where some were trained
     results/*.json       what was measured, untouched by `save`
 
 Nothing is pickled. `save` writes a sibling directory and renames it into place, so that a kill or a
@@ -27,11 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matkv.errors import ArtifactError, FingerprintError, RankError
+from matkv.lora import Lora
 from matkv.projection import Maps
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
 
 FORMAT_VERSION = 1
-CONFIG, BASES = "config.json", "bases.safetensors"
+CONFIG, BASES, LORA = "config.json", "bases.safetensors", "lora"
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Artifact:
     sink: int = 0
     window: int = 0
     history: tuple[dict[str, Any], ...] = ()
+    lora: Lora | None = None
 
     def maps(self, layer: int, side: Side) -> Maps:
         return self.bases[layer][side].maps
@@ -137,6 +140,8 @@ class Artifact:
                     tensors[f"{name}.decode"] = _plain(bases.maps.decode_GDD)
                 tensors[f"{name}.energy"] = _plain(bases.energy_GD)
         _save_tensors(tensors, directory / BASES)
+        if self.lora is not None:
+            self.lora.write(directory / LORA)
         config = {
             "format": "matkv",
             "format_version": FORMAT_VERSION,
@@ -144,6 +149,7 @@ class Artifact:
             "geometry": self.geometry.to_json(),
             "fingerprint": list(self.fingerprint),
             "bases_sha256": _sha256(directory / BASES),
+            "lora_sha256": _sha256_of_all(directory / LORA),
             "sink": self.sink,
             "window": self.window,
             "tables": {str(b): t.to_json() for b, t in sorted(self.tables.items())},
@@ -181,6 +187,7 @@ class Artifact:
                 sink=int(config["sink"]),
                 window=int(config["window"]),
                 history=tuple(config["history"]),
+                lora=_read_lora(directory / LORA, config.get("lora_sha256")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RankError) as error:
             raise ArtifactError(
@@ -268,8 +275,20 @@ def _read_side(tensors: dict[str, Tensor], geometry: Geometry, layer: int, side:
     return SideBases(Maps(encode_GDD, decode_GDD), energy_GD)
 
 
+def _read_lora(directory: Path, sha256: str | None) -> Lora | None:
+    if sha256 is None:
+        return None
+    if _sha256_of_all(directory) != sha256:
+        raise ArtifactError(
+            f"{directory} is missing or damaged: its checksum is not the one in {CONFIG}; restore "
+            "it, or distill again"
+        )
+    return Lora.read(directory)
+
+
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32).contiguous()
+    # A copy, because safetensors refuses tensors that share memory.
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -286,11 +305,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sha256_of_all(directory: Path) -> str | None:
+    """One checksum of the files in a directory; None without any."""
+    sums = [_sha256(path) for path in sorted(directory.glob("*"))]
+    return hashlib.sha256("".join(sums).encode()).hexdigest() if sums else None
+
+
 def _copy_others(old: Path, new: Path) -> None:
     """Start the new directory with everything of the old one that `save` does not write."""
 
     def ours(directory: str, _names: list[str]) -> set[str]:
-        return {CONFIG, BASES} if Path(directory) == old else set()
+        return {CONFIG, BASES, LORA} if Path(directory) == old else set()
 
     if old.is_dir():
         shutil.copytree(old, new, symlinks=True, ignore=ours, copy_function=_link_or_copy)

@@ -14,15 +14,18 @@ M = max(R_key, R_value), C row columns, E columns that a row drops.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matkv.errors import UnsupportedModelError
-from matkv.latents import Bucket, LayerProjection
+from matkv.errors import CacheError, UnsupportedModelError
+from matkv.kernels import cpu
+from matkv.latents import LayerProjection, per_head
 
 # Explicit scores of one block of queries stay under this many elements (128 MiB in fp32).
 MAX_SCORES = 1 << 25
@@ -57,6 +60,12 @@ class Latents:
     def tokens(self) -> int:
         return self.rows[0].shape[2]
 
+    def __getattr__(self, name: str) -> NoReturn:
+        """Another attention function, of a model no longer attached, takes this for a tensor."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
+
 
 def attend(
     latents: Latents,
@@ -74,14 +83,18 @@ def attend(
     Raises:
         UnsupportedModelError: the mask differs between heads, as a position bias does.
     """
-    _check_mask(mask, query_BHQD.shape[2], latents.tokens)
+    queries = query_BHQD.shape[2]
+    _check_mask(mask, queries, latents.tokens)
     if latents.exact is not None:
         return attend_explicit(latents, query_BHQD, mask, scaling=scaling, dropout=dropout)
-    parts = [
-        _attend_fused(bucket, query_BNJQD, rows_BNTC, mask, scaling, dropout)
-        for bucket, query_BNJQD, rows_BNTC in _per_bucket(latents, query_BHQD)
-    ]
-    return latents.projection.join(parts).flatten(1, 2)
+    projection, rows = latents.projection, latents.rows
+    query_BGXM = per_head(projection.enter(query_BHQD), projection.query)
+    decode = _decoder(query_BGXM, rows) if queries == 1 and not dropout else None
+    if decode is not None:
+        out_BGXM = decode(query_BGXM, rows, projection, _additive(mask, query_BGXM.dtype), scaling)
+    else:
+        out_BGXM = _attend_fused(latents, query_BGXM, queries, mask, scaling, dropout)
+    return projection.leave(per_head(out_BGXM, projection.output), queries)
 
 
 def attend_explicit(
@@ -94,52 +107,46 @@ def attend_explicit(
 ) -> Tensor:
     """`attend` with scores formed in fp32, in blocks of queries; serves exact tokens too."""
     B, H, Q, _ = query_BHQD.shape
-    tokens = latents.tokens
+    projection, tokens = latents.projection, latents.tokens
     block = max(1, MAX_SCORES // (B * H * tokens))
     outs = []
     for first in range(0, Q, block):
         queries = slice(first, min(first + block, Q))
         bias = _bias(mask, queries, Q, tokens, query_BHQD)
         position_Q = torch.arange(tokens - Q, tokens, device=query_BHQD.device)[queries]
+        query_BGXD = projection.enter(query_BHQD[:, :, queries])
         parts = [
-            _attend_block(latents, index, query_BNJQD, bias, position_Q, scaling, dropout)
-            for index, (_, query_BNJQD, _) in enumerate(
-                _per_bucket(latents, query_BHQD[:, :, queries])
-            )
+            _attend_block(latents, index, query_BGXD, bias, position_Q, scaling, dropout)
+            for index in range(len(projection.buckets))
         ]
-        outs.append(latents.projection.join(parts).flatten(1, 2))
+        outs.append(projection.leave(torch.cat(parts, dim=1), queries.stop - first))
     return torch.cat(outs, dim=2)
 
 
-def _per_bucket(latents: Latents, query_BHQD: Tensor) -> list[tuple[Bucket, Tensor, Tensor]]:
-    projection = latents.projection
-    query_BGJQD = query_BHQD.unflatten(1, (projection.kv_heads, -1))
-    return list(
-        zip(projection.bucket_list, projection.split(query_BGJQD), latents.rows, strict=True)
-    )
+Decode = Callable[[Tensor, list[Tensor], LayerProjection, Tensor | None, float], Tensor]
+
+
+def _decoder(query_BGXM: Tensor, rows: list[Tensor]) -> Decode | None:
+    """The device's fast path for one query position; none where gradients flow."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query_BGXM, *rows)):
+        return None
+    return {"cpu": cpu.decode}.get(query_BGXM.device.type)
 
 
 def _attend_fused(
-    bucket: Bucket,
-    query_BNJQD: Tensor,
-    rows_BNTC: Tensor,
+    latents: Latents,
+    query_BGXM: Tensor,
+    queries: int,
     mask: Tensor | None,
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """One bucket through torch's fused attention.  [-> BNJQD]"""
-    B, N, J, Q, _ = query_BNJQD.shape
-    tokens = rows_BNTC.shape[2]
-    if bucket.value_rank == 0:
-        return torch.zeros_like(query_BNJQD)
-    key_BNTM = rows_BNTC[..., : bucket.width]
-    value_BNTM = rows_BNTC[..., -bucket.width :]
-    query_BNXM = query_BNJQD.flatten(2, 3) @ bucket.query
-    causal = mask is None and Q == tokens and Q > 1
-    if mask is None and not causal and Q > 1:
-        mask = _causal_mask(Q, tokens, query_BNXM.device)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(query_BNXM.dtype)
+    """Every bucket through torch's fused attention.  [-> BGXM]"""
+    M, tokens = query_BGXM.shape[3], latents.tokens
+    causal = mask is None and queries == tokens and queries > 1
+    if mask is None and not causal and queries > 1:
+        mask = _causal_mask(queries, tokens, query_BGXM.device)
+    mask = _additive(mask, query_BGXM.dtype)
     attend_fused = partial(
         F.scaled_dot_product_attention,
         attn_mask=mask,
@@ -147,48 +154,55 @@ def _attend_fused(
         is_causal=causal,
         scale=scaling,
     )
-    # A group's query heads become query positions of their KV head, so that decoding reads the
-    # cache once; with more queries, one call per query head copies neither keys, values nor mask.
-    queries = [query_BNXM] if Q == 1 else query_BNXM.split(Q, dim=2)
-    out_BNXM = torch.cat([attend_fused(q, key_BNTM, value_BNTM) for q in queries], dim=2)
-    out_BNJQD: Tensor = (out_BNXM @ bucket.output).unflatten(2, (J, Q))
-    return out_BNJQD
+    # One call per query head of a group copies neither keys, values nor mask; with one query
+    # position the heads are positions of one call.
+    step = queries if queries > 1 else query_BGXM.shape[2]
+    out_BGXM = query_BGXM.new_zeros(query_BGXM.shape)
+    for bucket, rows_BNTC in zip(latents.projection.buckets, latents.rows, strict=True):
+        if bucket.row_width == 0:
+            continue
+        width = bucket.width
+        key_BNTM, value_BNTM = rows_BNTC[..., :width], rows_BNTC[..., -width:]
+        query_BNXM = query_BGXM[:, bucket.heads, :, :width]
+        parts = [attend_fused(part, key_BNTM, value_BNTM) for part in query_BNXM.split(step, dim=2)]
+        out_BGXM[:, bucket.heads, :, M - width :] = torch.cat(parts, dim=2)
+    return out_BGXM
 
 
 def _attend_block(
     latents: Latents,
     index: int,
-    query_BNJQD: Tensor,
+    query_BGXD: Tensor,
     bias: Tensor,
     position_Q: Tensor,
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """One bucket and one block of queries with explicit scores.  [-> BNJQD]"""
-    bucket, rows_BNTC = latents.projection.bucket_list[index], latents.rows[index]
-    J, Q = query_BNJQD.shape[2:4]
-    query_BNXD = query_BNJQD.flatten(2, 3)
-    key_BNTR, value_BNTR = rows_BNTC.split([bucket.key_rank, bucket.value_rank], dim=-1)
-    query_BNXR = query_BNXD @ bucket.query[..., : bucket.key_rank]
-    scores_BNJQT = (query_BNXR @ key_BNTR.mT).float().unflatten(2, (J, Q))
+    """One bucket and one block of queries with explicit scores.  [-> BNXD]"""
+    projection, rows_BNTC = latents.projection, latents.rows[index]
+    heads, row_width = projection.buckets[index].heads, projection.buckets[index].row_width
+    width, Q = min(row_width, projection.width), position_Q.shape[0]
+    query_BNXD = query_BGXD[:, heads]
+    query_BNXM = query_BNXD @ projection.query[heads, :, :width]
+    scores_BNJQT = (query_BNXM @ rows_BNTC[..., :width].mT).float().unflatten(2, (-1, Q))
     exact = latents.exact[index] if latents.exact is not None else None
     spans = _exact_spans(latents, exact, position_Q) if exact is not None else []
+    dropped = slice(0, 2 * projection.head_dim - row_width)
     for index_BT, gate_BQT, rest_BNTE in spans:
-        query_rest_BNXE = query_BNXD @ bucket.query_rest
-        more = (query_rest_BNXE @ rest_BNTE[..., : query_rest_BNXE.shape[-1]].mT).float()
-        more = more.unflatten(2, (J, Q)) * gate_BQT[:, None, None]
+        query_BNXE = query_BNXD @ projection.query_rest[heads, :, dropped]
+        more = (query_BNXE @ rest_BNTE.mT).float().unflatten(2, (-1, Q))
+        more = more * gate_BQT[:, None, None]
         scores_BNJQT.scatter_add_(-1, index_BT[:, None, None, None].expand_as(more), more)
     weights_BNJQT = torch.softmax(scores_BNJQT * scaling + bias, dim=-1)
     weights_BNJQT = F.dropout(weights_BNJQT, dropout).to(rows_BNTC.dtype)
-    lift_BNRD = bucket.output[:, bucket.width - bucket.value_rank :]
-    out_BNXD = weights_BNJQT.flatten(2, 3) @ value_BNTR @ lift_BNRD
+    value_BNTM = rows_BNTC[..., row_width - width :]
+    lift_NMD = projection.output[heads, projection.width - width :]
+    out_BNXD = weights_BNJQT.flatten(2, 3) @ value_BNTM @ lift_NMD
     for index_BT, gate_BQT, rest_BNTE in spans:
         picks = index_BT[:, None, None, None].expand(*weights_BNJQT.shape[:4], -1)
         part = (weights_BNJQT.gather(-1, picks) * gate_BQT[:, None, None]).flatten(2, 3)
-        rest_value_BNTE = rest_BNTE[..., bucket.query_rest.shape[-1] :]
-        out_BNXD = out_BNXD + part @ rest_value_BNTE @ bucket.output_rest
-    out_BNJQD: Tensor = out_BNXD.unflatten(2, (J, Q))
-    return out_BNJQD
+        out_BNXD = out_BNXD + part @ rest_BNTE @ projection.output_rest[heads, dropped]
+    return out_BNXD
 
 
 def _exact_spans(
@@ -212,6 +226,14 @@ def _exact_spans(
         gate = inside_BQT.to(rest.dtype)
         spans.append((index_BT.clamp_max(latents.tokens - 1), gate, rest))
     return [span for span in spans if span[0].shape[1]]
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as numbers to add to scores: one conversion for all calls of a layer."""
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(dtype)
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(dtype).min)
 
 
 def _causal_mask(Q: int, tokens: int, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ GRAIN = 64
 
 
 class LatentLayer(DynamicLayer):
-    """One layer's latents: a preallocated buffer [B N capacity C] per bucket of equal ranks.
+    """One layer's latents: a preallocated buffer [B N capacity C] per bucket of equal row widths.
 
     `update` returns a `Latents` twice, in place of full keys and values: transformers passes it on
     untouched to the registered attention function.
@@ -97,12 +97,7 @@ class LatentLayer(DynamicLayer):
         reach into the window of any of its queries, and the cache keeps the last `window`.
         """
         projection = self.projection
-        rest = [
-            bucket.rest(key_BNTD, value_BNTD)
-            for bucket, key_BNTD, value_BNTD in zip(
-                projection.bucket_list, projection.split(key), projection.split(value), strict=True
-            )
-        ]
+        rest = projection.rest(key, value)
         B, noted_B = key.shape[0], projection.start_B
         if first == 0 or self.exact is None:
             self.start_B = torch.zeros(B, dtype=torch.long, device=key.device)
@@ -264,6 +259,14 @@ class LatentCache(Cache):
         plain = DynamicCache(config=model.config.get_text_config(decoder=True))
         super().__init__(layers=plain.layers, offloading=offloading)
         use_latents(self, model, max_cache_len=max_cache_len)
+
+    def reset(self) -> None:
+        """Forget all tokens; latent layers keep their buffers for the next sequence."""
+        for layer in self.layers:
+            if not isinstance(layer, LatentLayer):
+                # Before transformers 5.23 a full layer zeroes its tokens and goes on after them.
+                layer.is_initialized, layer.keys, layer.values = False, None, None
+            layer.reset()
 
     @property
     def nbytes(self) -> int:

@@ -131,7 +131,8 @@ def collect_moments(
         with handled(model, recorders):
             for batch in batches:
                 counter.start(batch, model.device, skip_first)
-                decoder(**counter.inputs, use_cache=False)
+                if counter.inputs["input_ids"].numel():
+                    decoder(**counter.inputs, use_cache=False)
                 if on_progress is not None:
                     on_progress(Progress(counter.tokens, time.perf_counter() - started))
     finally:
@@ -164,6 +165,8 @@ class _Counter:
         ids_BT = self.inputs["input_ids"]
         real_BT = self.inputs.get("attention_mask", torch.ones_like(ids_BT)).bool()
         keep_BT = real_BT & (real_BT.cumsum(-1) > skip_first)
+        if "attention_mask" in self.inputs:  # positions count real tokens, as generation has them
+            self.inputs["position_ids"] = (real_BT.cumsum(-1) - 1).clamp_min(0)
         self.tokens += int(real_BT.sum())
         self.kept += int(keep_BT.sum())
         self.keep_BT = None if bool(keep_BT.all()) else keep_BT

@@ -208,6 +208,21 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [found[index] for index in range(layers)]
 
 
+def output_projection(module: nn.Module) -> nn.Linear:
+    """The linear map after a layer's attention.
+
+    Raises:
+        UnsupportedModelError: it has none of the usual names.
+    """
+    for name in ("o_proj", "dense", "out_proj"):
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Linear):
+            return projection
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no output projection named o_proj, dense or out_proj"
+    )
+
+
 def fingerprint(model: PreTrainedModel) -> tuple[float, ...]:
     """A few weights of every attention module, by which a model is recognized."""
     samples: list[float] = []
@@ -298,6 +313,7 @@ class Attachment:
     table: RankTable
     attention_before: str
     hook: RemovableHandle
+    weights_before: dict[str, Tensor]
 
 
 def attach(
@@ -322,6 +338,8 @@ def attach(
     if (budget is None) == (ranks is None):
         raise RankError("attach takes either a budget or a rank table")
     modules = attention_modules(model)
+    if _merged(model):  # with its own weights again, it can be recognized
+        detach(model)
     artifact.check(geometry_of(model.config), fingerprint(model))
     table = ranks if ranks is not None else artifact.table(budget)  # type: ignore[arg-type]
     if table.geometry != artifact.geometry:
@@ -342,7 +360,9 @@ def attach(
     before = _use_implementation(model, NAME)
     hook = model.get_decoder().register_forward_pre_hook(_provide_cache, with_kwargs=True)
     model.__dict__[PREPARE] = MethodType(_prepare_cache_for_generation, model)
-    model.__dict__["matkv_attachment"] = Attachment(artifact, table, before, hook)
+    model.__dict__["matkv_attachment"] = Attachment(
+        artifact, table, before, hook, _merge(model, artifact)
+    )
     return model
 
 
@@ -353,11 +373,32 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         return model
     attachment.hook.remove()
     del model.__dict__[PREPARE]
+    for name, weight in attachment.weights_before.items():
+        model.get_parameter(name).data.copy_(weight)
     for module in attention_modules(model):
         if isinstance(getattr(module, "matkv", None), LayerProjection):
             del module.matkv
     model.set_attn_implementation(attachment.attention_before)
     return model
+
+
+def _merged(model: PreTrainedModel) -> bool:
+    attachment: Attachment | None = model.__dict__.get("matkv_attachment")
+    return attachment is not None and bool(attachment.weights_before)
+
+
+@torch.no_grad()
+def _merge(model: PreTrainedModel, artifact: Artifact) -> dict[str, Tensor]:
+    """Add the artifact's adapters to the weights; returns copies, on the CPU, of those before.
+
+    Copies, because subtracting again would not give the same weights back.
+    """
+    before: dict[str, Tensor] = {}
+    for path, update in artifact.lora.updates() if artifact.lora is not None else ():
+        weight = model.get_parameter(f"{path}.weight")
+        before[f"{path}.weight"] = weight.detach().to("cpu", copy=True)
+        weight.add_(update.to(weight.device, weight.dtype))
+    return before
 
 
 def attached_table(model: PreTrainedModel) -> RankTable:
@@ -420,7 +461,7 @@ def _provide_cache(
     assert isinstance(decoder, PreTrainedModel)
     cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     wanted = decoder.config.get_text_config().use_cache if use_cache is None else use_cache
-    if cache is None and wanted and not decoder.training:
+    if cache is None and wanted:
         kwargs["past_key_values"] = LatentCache(decoder)
     elif cache is not None and not _is_latent(cache):
         use_latents(cache, decoder)

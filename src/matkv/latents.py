@@ -1,13 +1,16 @@
 """A layer's bases at given ranks: the matrices that its heads use.
 
-`LayerProjection` makes latents for the cache, heads sorted into buckets of equal ranks;
+`LayerProjection` makes latents for the cache, heads sorted into buckets of equal row widths;
 `GatedProjection` keeps full width and gates columns, for training and search.
 
 Shapes: B batch, H query head, G KV head, N heads of one bucket, J query heads of a KV head, Q query
-position, T token, D head dim, R rank, C row columns.
+position, X = J Q, T token, D head dim, C row columns, M view columns, E columns that a row drops.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,78 +19,48 @@ from matkv.errors import RankError
 from matkv.projection import Maps
 from matkv.ranks import LayerRanks
 
+# Columns that the query and output maps have to spare, zeros, for kernels that prefer wider views.
+SPARE = 8
 
-class Bucket(nn.Module):
-    """The heads of one layer that share a key rank and a value rank, computed in one go.
 
-    A token's row is [key latent | value latent], R_key + R_value columns wide, nothing padded. With
-    m = max(R_key, R_value), the views row[:m] and row[-m:] have equal widths, which is what fast
-    attention kernels ask for. The other side's columns that these views take in are undone by the
-    maps: `query` has zeros where row[:m] holds values, `output` where row[-m:] holds keys.
+@dataclass(frozen=True)
+class Bucket:
+    """The heads of one layer whose rows are equally wide, computed in one go.
 
-    Buffers: encode_key [N D R_key], encode_value [N D R_value], query [N D m], output [N m D]; for
-    exact tokens the maps of the dropped columns: encode_key_rest and query_rest [N D D-R_key],
-    encode_value_rest [N D D-R_value], output_rest [N D-R_value D].
+    A token's row is [key latent | value latent], `row_width` columns, nothing padded; where one
+    ends and the other starts may differ from head to head. `width` is the largest rank of them all:
+    the views row[:width] and row[-width:] take in every key and every value, and their equal widths
+    are what fast attention kernels ask for. What else they take in, the zeros of the layer's
+    `query` and `output` maps undo. `heads` are places in the layer's sorted order.
     """
 
-    heads: Tensor
-    encode_key: Tensor
-    encode_value: Tensor
-    query: Tensor
-    output: Tensor
-    encode_key_rest: Tensor
-    encode_value_rest: Tensor
-    query_rest: Tensor
-    output_rest: Tensor
-
-    def __init__(self, heads: list[int], key: Maps, value: Maps, ranks: tuple[int, int]) -> None:
-        super().__init__()
-        key_rank, value_rank = ranks
-        self.key_rank, self.value_rank = ranks
-        self.width = max(ranks)
-        self.head_list = heads
-        encode_key, decode_key = key.encode_GDD[heads], key.decode_GDD[heads]
-        encode_value, decode_value = value.encode_GDD[heads], value.decode_GDD[heads]
-        lower_value = decode_value.transpose(1, 2)
-        query = decode_key[..., : self.width].clone()
-        query[..., key_rank:] = 0
-        output = torch.zeros_like(lower_value[:, : self.width])
-        output[:, self.width - value_rank :] = lower_value[:, :value_rank]
-        maps = {
-            "heads": torch.tensor(heads),
-            "encode_key": encode_key[..., :key_rank],
-            "encode_value": encode_value[..., :value_rank],
-            "query": query,
-            "output": output,
-            "encode_key_rest": encode_key[..., key_rank:],
-            "encode_value_rest": encode_value[..., value_rank:],
-            "query_rest": decode_key[..., key_rank:],
-            "output_rest": lower_value[:, value_rank:],
-        }
-        for name, tensor in maps.items():
-            self.register_buffer(name, tensor.contiguous(), persistent=False)
-
-    @property
-    def row_width(self) -> int:
-        return self.key_rank + self.value_rank
-
-    def rows(self, key_BNTD: Tensor, value_BNTD: Tensor) -> Tensor:
-        """Latents of new tokens. [BNTD, BNTD -> BNTC]"""
-        z_key_BNTR, z_value_BNTR = key_BNTD @ self.encode_key, value_BNTD @ self.encode_value
-        return torch.cat((z_key_BNTR, z_value_BNTR), dim=-1)
-
-    def rest(self, key_BNTD: Tensor, value_BNTD: Tensor) -> Tensor:
-        """The coordinates that `rows` drops: what exact tokens store on top. [-> BNT(2D-C)]"""
-        rest_key, rest_value = key_BNTD @ self.encode_key_rest, value_BNTD @ self.encode_value_rest
-        return torch.cat((rest_key, rest_value), dim=-1)
+    heads: slice
+    row_width: int
+    width: int
 
 
 class LayerProjection(nn.Module):
-    """All KV heads of one layer at given ranks, sorted into buckets of equal ranks once.
+    """All KV heads of one layer at given ranks, sorted into buckets of equal row widths once.
+
+    Buffers, heads in sorted order: `ranks` [G 2]; `encode_rows` [G 2D C] makes rows of [key|value];
+    `query` [G D M] goes with the first columns of a row, and is zero from the key rank on;
+    `output` [G M D] goes with the last columns, and is zero but for its last value-rank rows.
+    When tokens are kept exact, the same for what rows drop: `encode_rest` [G 2D E], `query_rest`
+    [G D E] and `output_rest` [G E D].
 
     Raises:
         RankError: the number of ranks or a rank does not fit the maps.
     """
+
+    order: Tensor
+    place: Tensor
+    ranks: Tensor
+    encode_rows: Tensor
+    query: Tensor
+    output: Tensor
+    encode_rest: Tensor
+    query_rest: Tensor
+    output_rest: Tensor
 
     def __init__(
         self,
@@ -107,43 +80,108 @@ class LayerProjection(nn.Module):
         self.kv_heads, self.head_dim = heads, dim
         self.sink, self.window = sink, window
         self.start_B: Tensor | None = None
-        grouped: dict[tuple[int, int], list[int]] = {}
-        for head, ranks_of_head in enumerate(zip(key_ranks, value_ranks, strict=True)):
-            grouped.setdefault(ranks_of_head, []).append(head)
-        self.buckets = nn.ModuleList(
-            Bucket(members, key, value, ranks) for ranks, members in sorted(grouped.items())
-        )
-        self.bucket_list: list[Bucket] = list(self.buckets)  # type: ignore[arg-type]
-        order = [head for bucket in self.bucket_list for head in bucket.head_list]
-        self.register_buffer(
-            "head_order",
-            torch.tensor([order.index(head) for head in range(heads)]),
-            persistent=False,
-        )
-
-    head_order: Tensor
+        pairs = list(zip(key_ranks, value_ranks, strict=True))
+        order = sorted(range(heads), key=lambda head: sum(pairs[head]))
+        pairs = [pairs[head] for head in order]
+        self.is_sorted = order == list(range(heads))
+        self.buckets = _buckets(pairs)
+        tensors = {
+            "order": torch.tensor(order),
+            "place": torch.tensor(order).argsort(),
+            "ranks": torch.tensor(pairs, dtype=torch.int32),
+            **_row_maps(_picked(key, order), _picked(value, order), pairs),
+        }
+        if self.keeps_exact:
+            tensors |= _rest_maps(_picked(key, order), _picked(value, order), pairs)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     @property
     def keeps_exact(self) -> bool:
         """Whether some tokens keep all their coordinates."""
         return self.sink > 0 or self.window > 0
 
-    def split(self, x_BGXX: Tensor) -> list[Tensor]:
-        """Pick each bucket's heads along dimension 1."""
-        if len(self.bucket_list) == 1:
-            return [x_BGXX]
-        return [x_BGXX.index_select(1, bucket.heads) for bucket in self.bucket_list]
+    @property
+    def width(self) -> int:
+        """M, the columns of `query` and the rows of `output`."""
+        return self.query.shape[-1]
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """Inverse of `split`."""
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts, dim=1).index_select(1, self.head_order)
+    def sort(self, x_BGXX: Tensor) -> Tensor:
+        """Put heads, dimension 1, into the order of the buckets."""
+        return x_BGXX if self.is_sorted else x_BGXX.index_select(1, self.order)
+
+    def unsort(self, x_BGXX: Tensor) -> Tensor:
+        """Inverse of `sort`."""
+        return x_BGXX if self.is_sorted else x_BGXX.index_select(1, self.place)
 
     def encode(self, key_BGTD: Tensor, value_BGTD: Tensor) -> list[Tensor]:
         """Rows of new tokens, a tensor [BNTC] per bucket."""
-        pairs = zip(self.bucket_list, self.split(key_BGTD), self.split(value_BGTD), strict=True)
-        return [bucket.rows(key_BNTD, value_BNTD) for bucket, key_BNTD, value_BNTD in pairs]
+        both_BGTD = self.sort(torch.cat((key_BGTD, value_BGTD), dim=-1))
+        rows_BGTC = per_head(both_BGTD, self.encode_rows)
+        return [rows_BGTC[:, b.heads, :, : b.row_width] for b in self.buckets]
+
+    def rest(self, key_BGTD: Tensor, value_BGTD: Tensor) -> list[Tensor]:
+        """The coordinates that rows drop, [BNTE] per bucket: what exact tokens store on top."""
+        both_BGTD = self.sort(torch.cat((key_BGTD, value_BGTD), dim=-1))
+        rest_BGTE = per_head(both_BGTD, self.encode_rest)
+        full = 2 * self.head_dim
+        return [rest_BGTE[:, b.heads, :, : full - b.row_width] for b in self.buckets]
+
+    def enter(self, query_BHQD: Tensor) -> Tensor:
+        """Queries in sorted order, a group's heads as positions of their KV head.  [-> BGXD]"""
+        return self.sort(query_BHQD.unflatten(1, (self.kv_heads, -1)).flatten(2, 3))
+
+    def leave(self, out_BGXD: Tensor, queries: int) -> Tensor:
+        """Inverse of `enter`.  [-> BHQD]"""
+        return self.unsort(out_BGXD).unflatten(2, (-1, queries)).flatten(1, 2)
+
+
+def per_head(x_BGXY: Tensor, map_GYZ: Tensor) -> Tensor:
+    """Every head times its own matrix, as one batched product.  [BGXY, GYZ -> BGXZ]"""
+    B, G, X, Y = x_BGXY.shape
+    x_GXY = x_BGXY.transpose(0, 1).reshape(G, B * X, Y)
+    return torch.bmm(x_GXY, map_GYZ).unflatten(1, (B, X)).transpose(0, 1)
+
+
+def _picked(maps: Maps, order: list[int]) -> Maps:
+    return Maps(maps.encode_GDD[order], maps.decode_GDD[order])
+
+
+def _buckets(pairs: list[tuple[int, int]]) -> list[Bucket]:
+    """Neighbours with the same sum of ranks."""
+    buckets, first = [], 0
+    for row_width, group in groupby(pairs, key=sum):
+        members = list(group)
+        heads = slice(first, first + len(members))
+        buckets.append(Bucket(heads, row_width, max(map(max, members))))
+        first = heads.stop
+    return buckets
+
+
+def _row_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
+    new, (G, D, _) = key.encode_GDD.new_zeros, key.encode_GDD.shape
+    C = max(map(sum, pairs))
+    M = min(C, max(map(max, pairs)) + SPARE)
+    encode_GDC, query_GDM, output_GMD = new(G, 2 * D, C), new(G, D, M), new(G, M, D)
+    for g, (r_key, r_value) in enumerate(pairs):
+        encode_GDC[g, :D, :r_key] = key.encode_GDD[g, :, :r_key]
+        encode_GDC[g, D:, r_key : r_key + r_value] = value.encode_GDD[g, :, :r_value]
+        query_GDM[g, :, :r_key] = key.decode_GDD[g, :, :r_key]
+        output_GMD[g, M - r_value :] = value.decode_GDD[g, :, :r_value].T
+    return {"encode_rows": encode_GDC, "query": query_GDM, "output": output_GMD}
+
+
+def _rest_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
+    new, (G, D, _) = key.encode_GDD.new_zeros, key.encode_GDD.shape
+    E = 2 * D - min(map(sum, pairs))
+    encode_GDE, query_GDE, output_GED = new(G, 2 * D, E), new(G, D, E), new(G, E, D)
+    for g, (r_key, r_value) in enumerate(pairs):
+        middle, last = D - r_key, 2 * D - r_key - r_value
+        encode_GDE[g, :D, :middle] = key.encode_GDD[g, :, r_key:]
+        encode_GDE[g, D:, middle:last] = value.encode_GDD[g, :, r_value:]
+        query_GDE[g, :, :middle] = key.decode_GDD[g, :, r_key:]
+        output_GED[g, middle:last] = value.decode_GDD[g, :, r_value:].T
+    return {"encode_rest": encode_GDE, "query_rest": query_GDE, "output_rest": output_GED}
 
 
 class GatedProjection(nn.Module):

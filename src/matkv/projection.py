@@ -20,6 +20,10 @@ from matkv.errors import TrainingError
 
 Parametrization = Literal["cayley", "exp", "householder", "free"]
 PARAMETRIZATIONS: tuple[str, ...] = get_args(Parametrization)
+# Adam's epsilon for these parameters. Turning columns that are kept or dropped together changes
+# nothing; the gradient of such turns is rounding noise, about 1e-9 where others are 1e-3, and with
+# the usual 1e-8 Adam would walk along it.
+ADAM_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,16 @@ def rotation(lower_XDD: Tensor, kind: Parametrization) -> Tensor:
     if kind == "householder":
         # Reflections at e_i + a_i; at a = 0 their product is -I.
         tau_XD = 2 / (1 + lower_XDD.square().sum(-2))
-        return -torch.linalg.householder_product(lower_XDD, tau_XD)
+        reflected_XDD: Tensor = torch.linalg.householder_product(lower_XDD, tau_XD)
+        return -reflected_XDD
     skew_XDD = lower_XDD - lower_XDD.mT
     if kind == "exp":
         exponential_XDD: Tensor = torch.linalg.matrix_exp(skew_XDD)
         return exponential_XDD
     eye_DD = torch.eye(skew_XDD.shape[-1], dtype=skew_XDD.dtype, device=skew_XDD.device)
     # (I - A)(I + A)^-1 = 2 (I + A)^-1 - I: one factorization, and matrix products backwards.
-    return 2 * torch.linalg.inv(eye_DD + skew_XDD) - eye_DD
+    inverse_XDD: Tensor = torch.linalg.inv(eye_DD + skew_XDD)
+    return 2 * inverse_XDD - eye_DD
 
 
 def strict_lower(lower_XP: Tensor, dim: int) -> Tensor:
@@ -113,7 +119,8 @@ def strict_lower(lower_XP: Tensor, dim: int) -> Tensor:
     row_P, column_P = torch.tril_indices(dim, dim, -1, device=lower_XP.device)
     empty_XE = lower_XP.new_zeros(lower_XP.shape[0], dim * dim)
     index_XP = (row_P * dim + column_P).expand_as(lower_XP)
-    return empty_XE.scatter(1, index_XP, lower_XP).unflatten(1, (dim, dim))
+    lower_XDD: Tensor = empty_XE.scatter(1, index_XP, lower_XP).unflatten(1, (dim, dim))
+    return lower_XDD
 
 
 def nearest_orthogonal(basis_XDD: Tensor) -> Tensor:

@@ -129,10 +129,10 @@ class RankTable:
         Raises:
             BudgetError: a budget is outside (0, 1], or smaller than one `step`.
         """
+        grain = geometry.default_step if step is None else step
         sides = [
             tuple(
-                (_uniform_rank(shape, budget, step or geometry.default_step),) * shape.kv_heads
-                for shape in geometry.layers
+                (_uniform_rank(shape, budget, grain),) * shape.kv_heads for shape in geometry.layers
             )
             for budget in (key_budget, value_budget)
         ]
