@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# Triton reads this when it is imported, which transformers does: without a GPU, kernels run under
+# Triton's interpreter, on a machine with one they are compiled.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import matkv
 from tiny import FAMILIES, RELATED, Tiny, tiny

@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
         "errors progress lora timing",
-        "ranks schedule projection data losses plots search_state",
+        "ranks schedule projection data losses plots search_state chat",
         "default_model moments latents search artifact examples heatmap recipe",
         "kernels divergence",
         "attention sensitivity verify",

@@ -151,7 +151,7 @@ def test_history_grows_in_a_copy() -> None:
 # ---- bad input
 
 
-def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
     def damage(directory: Path) -> None:
         path = directory / "config.json"
         config = json.loads(path.read_text())
@@ -161,7 +161,7 @@ def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     return damage
 
 
-def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], object]:
     """Damage that the checksum does not show: a file written whole, with other contents."""
 
     def damage(directory: Path) -> None:
@@ -175,7 +175,7 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[
     return damage
 
 
-def truncate(name: str) -> Callable[[Path], None]:
+def truncate(name: str) -> Callable[[Path], object]:
     def damage(directory: Path) -> None:
         data = (directory / name).read_bytes()
         (directory / name).write_bytes(data[: len(data) // 2])
@@ -195,20 +195,20 @@ def forged_safetensors(directory: Path) -> None:
     edit_config(lambda c: c.update(bases_sha256=artifact_module._sha256(path)))(directory)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "directory missing": (shutil.rmtree, "no artifact at .*: make one with matkv calibrate"),
     "config missing": (lambda d: (d / "config.json").unlink(), "not a matkv artifact"),
     "config truncated": (truncate("config.json"), r"config\.json is damaged"),
     "config not text": (
-        lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00") and None,
+        lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"),
         r"config\.json is damaged",
     ),
     "config of another program": (
-        lambda d: (d / "config.json").write_text('{"model_type": "llama"}') and None,
+        lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
         "another program's",
     ),
     "config a list": (
-        lambda d: (d / "config.json").write_text("[]") and None,
+        lambda d: (d / "config.json").write_text("[]"),
         "another program's",
     ),
     "newer format": (

@@ -164,12 +164,12 @@ def test_exact_tokens_are_attended_at_full_width(
     short = truncated(key_BGTD, KEY, key_ranks), truncated(value_BGTD, VALUE, value_ranks)
     for query in range(T):
         exact_T1 = exact_QT[query][:, None]
-        mixed = [
+        key, value = (
             torch.where(exact_T1, full, cut)
             for full, cut in zip((key_BGTD, value_BGTD), short, strict=True)
-        ]
+        )
         mask = causal(T)[:, :, query : query + 1]
-        expected = plain_attention(query_BHQD[:, :, query : query + 1], *mixed, mask, 1)
+        expected = plain_attention(query_BHQD[:, :, query : query + 1], key, value, mask, 1)
         assert largest_difference(out_BHQD[:, :, query : query + 1], expected) < 1e-5
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import matkv
-from matkv.cache import LatentLayer, new_cache
+from matkv.cache import new_cache
 from matkv.errors import CacheError
 from matkv.latents import LayerProjection
 from matkv.ranks import RankTable
-from tiny import Tiny, largest_difference, stepwise, tokens
+from tiny import Tiny, largest_difference, latent_layers, stepwise, tokens
 
 EXACT = pytest.mark.parametrize(("sink", "window"), [(0, 0), (3, 0), (0, 5), (3, 5)])
 
@@ -32,10 +32,6 @@ def filled(subject: Tiny, ids: Tensor, **options: Any) -> matkv.LatentCache:
 def feed(subject: Tiny, cache: Any, ids: Tensor) -> Tensor:
     logits: Tensor = subject.model(ids, past_key_values=cache).logits
     return logits
-
-
-def latent_layers(cache: Any) -> list[LatentLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
 
 
 def tensors_of(thing: Any, seen: set[int]) -> Iterator[Tensor]:
@@ -130,7 +126,7 @@ def test_appending_a_token_does_not_move_the_others(llama: Tiny) -> None:
 
 def test_growth_is_geometric(llama: Tiny) -> None:
     llama.attach(budget=0.5)
-    layer = matkv.LatentCache(llama.model).layers[0]
+    layer = latent_layers(matkv.LatentCache(llama.model))[0]
     key_BGTD = torch.randn(1, 2, 1, 16)
     moves, place = 0, 0
     for _ in range(5000):
@@ -176,7 +172,8 @@ def test_gradients_reach_a_learned_prefix_through_plain_tokens(llama: Tiny) -> N
         def gradient(*pieces: Tensor) -> Tensor:
             cache = matkv.LatentCache(model)
             outs = [model(inputs_embeds=p, past_key_values=cache).logits for p in pieces]
-            return torch.autograd.grad(outs[-1][:, -1].square().sum(), prefix)[0]
+            found: Tensor = torch.autograd.grad(outs[-1][:, -1].square().sum(), prefix)[0]
+            return found
 
         whole = gradient(torch.cat((prefix, rest), 1))
         in_pieces = gradient(prefix, *rest.split(3, 1))
@@ -193,7 +190,7 @@ def test_gradients_reach_a_learned_prefix_through_plain_tokens(llama: Tiny) -> N
 def test_crop_leaves_what_was_there_before(gemma3: Tiny, sink: int, window: int) -> None:
     gemma3.attach(ranks=gemma3.ragged(1), sink=sink, window=window)
     ids = tokens(2, 20)
-    cache = matkv.LatentCache(gemma3.model)
+    cache: Any = matkv.LatentCache(gemma3.model)
     cache.activate_past_recording()
     feed(gemma3, cache, ids[:, :15])
     cache.crop(0)
@@ -285,7 +282,7 @@ def test_a_cache_can_be_reset_and_reused(gemma3: Tiny, batch: int, sink: int, wi
 def test_reset_stops_recording_the_past(llama: Tiny) -> None:
     table = llama.ragged(1)
     llama.attach(ranks=table, window=4)
-    cache = matkv.LatentCache(llama.model)
+    cache: Any = matkv.LatentCache(llama.model)
     cache.activate_past_recording()
     feed(llama, cache, tokens(1, 9))
     cache.reset()

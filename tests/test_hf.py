@@ -30,7 +30,18 @@ from matkv.errors import (
     UnsupportedModelError,
 )
 from matkv.ranks import Geometry, RankTable
-from tiny import COMMON, Tiny, build, from_config, greedy, seeded, stepwise, tiny, tokens
+from tiny import (
+    COMMON,
+    Tiny,
+    build,
+    from_config,
+    greedy,
+    latent_layers,
+    seeded,
+    stepwise,
+    tiny,
+    tokens,
+)
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -124,10 +135,10 @@ def test_an_attached_model_can_change_its_dtype(llama: Tiny) -> None:
 def test_the_artifacts_exact_tokens_are_the_default(llama: Tiny) -> None:
     artifact = replace(llama.artifact, sink=3, window=2)
     matkv.attach(llama.model, artifact, 0.5)
-    projection = matkv.LatentCache(llama.model).layers[0].projection
+    projection = latent_layers(matkv.LatentCache(llama.model))[0].projection
     assert (projection.sink, projection.window) == (3, 2)
     matkv.attach(llama.model, artifact, 0.5, sink=0, window=7)
-    projection = matkv.LatentCache(llama.model).layers[0].projection
+    projection = latent_layers(matkv.LatentCache(llama.model))[0].projection
     assert (projection.sink, projection.window) == (0, 7)
 
 
@@ -189,7 +200,8 @@ def test_a_budget_out_of_range_is_refused(llama: Tiny, budget: Any) -> None:
 
 
 def test_a_budget_and_ranks_exclude_one_another(llama: Tiny) -> None:
-    for options in ({}, {"budget": 0.5, "ranks": llama.ragged()}):
+    both: dict[str, Any] = {"budget": 0.5, "ranks": llama.ragged()}
+    for options in ({}, both):
         with pytest.raises(RankError, match="either a budget or a rank table"):
             matkv.attach(llama.model, llama.artifact, **options)
 
@@ -223,8 +235,14 @@ def t5() -> Any:
 
 
 def bert(**options: Any) -> Any:
-    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(**sizes, intermediate_size=32, **options)
+    config = transformers.BertConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        **options,
+    )
     return transformers.BertLMHeadModel(config) if options else AutoModel.from_config(config)
 
 

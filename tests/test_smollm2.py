@@ -161,3 +161,12 @@ def test_uniform_tables_of_the_default_model(artifact: Artifact) -> None:
     table = RankTable.uniform(artifact.geometry, 0.375)
     assert {rank for *_, rank in table.growing_ranks()} == {24}
     assert table.bytes_per_token(torch.bfloat16) == 30 * 3 * 2 * 24 * 2
+
+
+def test_tutorial_runs(tmp_path: Path) -> None:
+    tutorial = str(ROOT / "examples" / "tutorial.py")
+    result = subprocess.run(
+        [sys.executable, tutorial], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "full cache" in result.stdout
+    assert (tmp_path / "runs" / "tutorial" / "config.json").is_file()

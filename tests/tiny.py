@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import matkv
 from matkv.artifact import Artifact
+from matkv.cache import LatentLayer
 from matkv.projection import Maps
 from matkv.ranks import SIDES, Geometry, LayerRanks, LayerShape, RankTable
 
@@ -195,3 +196,7 @@ def stepwise(
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
+
+
+def latent_layers(cache: Any) -> list[LatentLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, LatentLayer)]

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,6 +116,7 @@ class Artifact:
         target = Path(path).resolve()
         _recover(target)
         check_target(target)
+        _sweep(target)
         token = uuid.uuid4().hex[:8]
         new = target.with_name(f".{target.name}.new-{token}")
         try:
@@ -321,6 +323,13 @@ def _copy_others(old: Path, new: Path) -> None:
         shutil.copytree(old, new, symlinks=True, ignore=ours, copy_function=_link_or_copy)
     else:
         new.mkdir()
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed saves to `target` left beside it; one under way is younger than a day."""
+    for left in target.parent.glob(f".{target.name}.new-*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -130,7 +130,11 @@ def _decoder(query_BGXM: Tensor, rows: list[Tensor]) -> Decode | None:
     """The device's fast path for one query position; none where gradients flow."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_BGXM, *rows)):
         return None
-    return {"cpu": cpu.decode}.get(query_BGXM.device.type)
+    if query_BGXM.device.type == "cuda":
+        from matkv.kernels import gpu  # triton comes with torch where there is CUDA
+
+        return gpu.decode
+    return cpu.decode if query_BGXM.device.type == "cpu" else None
 
 
 def _attend_fused(

@@ -262,7 +262,8 @@ class LatentCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens; latent layers keep their buffers for the next sequence."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if not isinstance(layer, LatentLayer):
                 # Before transformers 5.23 a full layer zeroes its tokens and goes on after them.
                 layer.is_initialized, layer.keys, layer.values = False, None, None

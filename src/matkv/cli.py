@@ -40,6 +40,8 @@ def demo_command(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": commands_make.calibrate_command,
+    "distill": commands_make.distill_command,
+    "allocate": commands_make.allocate_command,
     "evaluate": commands_measure.evaluate_command,
     "generate": commands_use.generate_command,
     "chat": commands_use.chat_command,

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from matkv import console, data
-from matkv.artifact import check_target
+from matkv.allocate import AllocateConfig, allocate
+from matkv.artifact import Artifact, check_target
 from matkv.calibrate import CalibrateConfig, calibrate
-from matkv.options import DeviceOpt, DtypeOpt, JsonOpt, TextOpt, TrustOpt, load
+from matkv.chat import chat_examples, read_chats
+from matkv.errors import BudgetError
+from matkv.heatmap import heatmap, save_heatmap
+from matkv.options import (
+    DeviceOpt,
+    DtypeOpt,
+    JsonOpt,
+    ModelOpt,
+    RunArg,
+    TextOpt,
+    TrustOpt,
+    load,
+    open_run,
+)
+from matkv.recipe import DistillConfig
+from matkv.search import Constraints
 
 
 def calibrate_command(
@@ -48,3 +66,182 @@ def calibrate_command(
         console.print_json({"artifact": str(out), "tokens": windows.numel()})
     else:
         console.out.print(f"wrote {out}: bases of {windows.numel():,} tokens")
+
+
+OutOpt = Annotated[
+    Path | None, typer.Option("-o", "--out", help="artifact to write; RUN itself unless given")
+]
+
+
+def distill_command(
+    run: RunArg,
+    out: OutOpt = None,
+    text: TextOpt = "default",
+    chats: Annotated[
+        Path | None, typer.Option("--data", help=".jsonl of prompt and response, or of messages")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--config", help="settings as TOML")] = None,
+    objective: Annotated[str | None, typer.Option(help="local, end-to-end or both")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="independent, ladder, cycle or sandwich")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="end-to-end steps")] = None,
+    tokens: Annotated[int | None, typer.Option(help="end-to-end tokens")] = None,
+    minutes: Annotated[float | None, typer.Option(help="end-to-end minutes")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate of the bases")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="rank of LoRA adapters; 0 none")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from a checkpoint")] = False,
+    model_name: ModelOpt = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Train the bases of an artifact, so that quality falls slowly as the budget shrinks."""
+    from matkv.distill import distill  # needs the extra `train`, and takes seconds to import
+
+    target = out or run
+    check_target(target)
+    given = {
+        "objective": objective, "schedule": schedule, "steps": steps, "tokens": tokens,
+        "minutes": minutes, "lr": lr, "lora_rank": lora_rank,
+    }  # fmt: skip
+    config = _settings(recipe, given)
+    artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
+    held_out: Any = None
+    if chats is not None:
+        examples: Any = chat_examples(tokenizer, read_chats(chats), config.sequence_length)
+    else:
+        length = config.sequence_length
+        examples = data.text_windows(tokenizer, data.read_texts(text, "train"), length)
+        if text == "default" or text.startswith("hub:"):
+            held = data.read_texts(text, "validation")
+            held_out = data.text_windows(tokenizer, held, length, 4 * length)
+    checkpoints = target.with_name(f".{target.name}.checkpoints")
+    with console.training_progress() as update:
+        trained = distill(
+            model,
+            artifact,
+            examples,
+            config,
+            held_out=held_out,
+            checkpoints=checkpoints,
+            resume=resume,
+            on_progress=update,
+        )
+    trained.save(target)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    if as_json:
+        console.print_json({"artifact": str(target), "history": trained.history[-1]})
+    else:
+        console.out.print(f"wrote {target}")
+
+
+def _settings(recipe: Path | None, given: dict[str, Any]) -> DistillConfig:
+    """The recipe's settings, replaced by the command line's; 100 steps if nothing says how long."""
+    if recipe is not None:
+        return DistillConfig.from_toml(recipe, **given)
+    settings = {name: value for name, value in given.items() if value is not None}
+    if not {"steps", "tokens", "minutes"} & set(settings):
+        settings["steps"] = 100
+    return DistillConfig.from_dict(settings)
+
+
+def allocate_command(
+    run: RunArg,
+    out: OutOpt = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(help="may be given several times; every eighth by default")
+    ] = None,
+    method: Annotated[str, typer.Option(help="fisher, greedy or uniform")] = "fisher",
+    text: TextOpt = "default",
+    step: Annotated[
+        int | None, typer.Option(help="grain of ranks, an eighth of the head dim")
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="ranks are multiples of this", min=1)] = 1,
+    min_rank: Annotated[int, typer.Option(help="smallest rank", min=0)] = 0,
+    max_rank: Annotated[int | None, typer.Option(help="largest rank")] = None,
+    equal_sides: Annotated[
+        bool, typer.Option("--equal-sides", help="key rank = value rank")
+    ] = False,
+    equal_heads: Annotated[
+        bool, typer.Option("--equal-heads", help="one rank for a layer's heads of a side")
+    ] = False,
+    protect: Annotated[list[int] | None, typer.Option(help="layer to keep at full rank")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="smallest cache within this KL")] = None,
+    max_perplexity_increase: Annotated[
+        str | None, typer.Option(help="smallest cache within this increase, as 5% or 0.05")
+    ] = None,
+    expansions: Annotated[int, typer.Option(help="fisher: points on the way down", min=1)] = 36,
+    search_tokens: Annotated[int, typer.Option(help="tokens read at a time", min=1)] = 2048,
+    drops: Annotated[int, typer.Option(help="greedy: drops a round", min=1)] = 1,
+    picture: Annotated[Path | None, typer.Option(help="heat map of the first budget, PNG")] = None,
+    model_name: ModelOpt = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Find the rank of every layer, head and side, for a whole curve of budgets at once."""
+    target = out or run
+    check_target(target)
+    config = AllocateConfig(
+        method=method,  # type: ignore[arg-type]
+        budgets=tuple(budget) if budget else None,
+        constraints=Constraints(
+            step=step,
+            multiple=multiple,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            equal_sides=equal_sides,
+            equal_heads=equal_heads,
+            protected=tuple(protect or ()),
+        ),
+        max_kl=max_kl,
+        max_perplexity_increase=_fraction(max_perplexity_increase),
+        search_tokens=search_tokens,
+        expansions=expansions,
+        drops=drops,
+    )
+    artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
+    limit = config.held_out_tokens + config.expansions * config.search_tokens
+    windows = data.text_windows(tokenizer, data.read_texts(text, "train"), 256, limit)
+    state = target.with_name(f".{target.name}.allocate.jsonl")
+    with console.search_progress() as update:
+        found = allocate(
+            model, artifact, data.batches(windows, 8), config, state=state, on_progress=update
+        )
+    found.save(target)
+    entry = found.history[-1]
+    if entry["interrupted"]:
+        console.err.print(f"interrupted: {target} has the tables reached; run again to go on")
+        sys.exit(130)
+    state.unlink(missing_ok=True)
+    _show_tables(found, budget, picture, entry, as_json)
+
+
+def _show_tables(
+    found: Artifact,
+    budget: list[float] | None,
+    picture: Path | None,
+    entry: dict[str, Any],
+    as_json: bool,
+) -> None:
+    first = budget[0] if budget else min(found.tables, key=lambda one: abs(one - 0.375))
+    if picture is not None:
+        save_heatmap(found.tables[first], picture, title=f"ranks at {first:.1%}")
+    if as_json:
+        console.print_json({"tables": entry["tables"], "seconds": entry["seconds"]})
+        return
+    console.out.print(heatmap(found.tables[first]))
+    console.out.print(console.tables_table(entry["tables"]))
+
+
+def _fraction(text: str | None) -> float | None:
+    """0.05 from "5%" or "0.05"."""
+    if text is None:
+        return None
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise BudgetError(f"{text!r} must be a percentage, as 5%, or a fraction, as 0.05") from None

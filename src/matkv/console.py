@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from matkv import allocate as search
+from matkv import progress as training
 from matkv.artifact import Artifact
 from matkv.evaluate import Row
 from matkv.ranks import SIDES
@@ -56,6 +58,57 @@ def token_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)
         progress.update(task, completed=total)
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[training.Progress], None]]:
+    """A line that follows a training: stage, step, loss, held-out losses, rate and time left."""
+    with err.status("training: getting ready") as status:
+
+        def update(at: training.Progress) -> None:
+            steps = f"{at.step}" if at.steps is None else f"{at.step}/{at.steps}"
+            parts = [f"{at.stage} {steps}", f"loss {at.loss:.3f}"]
+            parts.append(f"{at.tokens_per_second:,.0f} tokens/s")
+            if at.seconds_left is not None:
+                parts.append(f"{_clock(at.seconds_left)} left")
+            status.update(" · ".join(parts))
+            if at.probes:
+                probes = ", ".join(f"{loss:.3f} at {b:.1%}" for b, loss in at.probes.items())
+                err.print(f"{at.stage} {steps}, held-out loss {probes}")
+
+        yield update
+
+
+@contextmanager
+def search_progress() -> Iterator[Callable[[search.Progress], None]]:
+    """A line that follows a search: rounds, the budget and KL reached, and time left."""
+    with err.status("searching: getting ready") as status:
+        yield lambda at: status.update(
+            f"round {at.rounds} · budget {at.budget:.1%} · KL {at.kl:.3f} · "
+            f"{_clock(at.seconds_left)} left"
+        )
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def tables_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """What a search found, by budget: shares and divergence, beside uniform ranks."""
+    table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
+    for name in ("budget", "keys", "values", "KL", "KL uniform", "perplexity"):
+        table.add_column(name, justify="right")
+    for entry in sorted(entries, key=lambda one: -one["budget"]):
+        uniform = entry.get("uniform_kl")
+        table.add_row(
+            f"{entry['budget']:.1%}",
+            f"{entry['key_share']:.1%}",
+            f"{entry['value_share']:.1%}",
+            f"{entry['kl']:.3f}",
+            "" if uniform is None else f"{uniform:.3f}",
+            f"+{entry['perplexity_increase']:.1%}",
+        )
+    return table
 
 
 def print_json(data: Any) -> None:

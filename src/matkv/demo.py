@@ -16,10 +16,13 @@ from matkv.artifact import Artifact
 from matkv.cache import refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments
 from matkv.default_model import DEFAULT_MODEL
+from matkv.distill import distill
 from matkv.evaluate import Row, evaluate, full_states
 from matkv.hf import attach, detach, load_model
 from matkv.plots import plot_quality
+from matkv.recipe import DistillConfig
 
+DISTILL = DistillConfig(objective="end-to-end", minutes=3, lr=1e-2, probe_every=20)
 BUDGETS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_BUDGET = 0.5
@@ -29,24 +32,26 @@ SCORE_TOKENS = 6144
 
 
 def demo(out: Path) -> dict[str, Any]:
-    """Calibrate the default model, compress its cache, generate and measure; print as it goes.
+    """Calibrate and distill the default model, compress its cache, generate and measure.
 
-    Writes `out`/pca, `out`/calibrated and `out`/perplexity.png, and returns what it measured.
+    Prints as it goes, writes `out`/pca, `out`/calibrated, `out`/distilled and `out`/perplexity.png,
+    and returns what it measured.
     """
     started = time.perf_counter()
     with console.err.status(f"loading {DEFAULT_MODEL} (converted once, about 20 s)"):
         model, tokenizer = load_model(DEFAULT_MODEL)
     artifacts = _calibrate(model, tokenizer, out)
+    artifacts["distilled"] = _distill(model, tokenizer, artifacts["calibrated"])
+    artifacts["distilled"].save(out / "distilled")
     held_out = data.text_windows(
         tokenizer, data.read_texts("default", "validation"), 1024, SCORE_TOKENS
     )
     rows = _evaluate(model, artifacts, held_out)
-    calibrated = artifacts["calibrated"]
     tokens_T = data.text_windows(
         tokenizer, data.read_texts("default", "validation"), RESIDENT_TOKENS, RESIDENT_TOKENS
     )[0]
-    resident = _resident(model, calibrated, tokens_T)
-    answers = _answers(model, tokenizer, calibrated)
+    resident = _resident(model, artifacts["distilled"], tokens_T)
+    answers = _answers(model, tokenizer, artifacts["distilled"])
     for name, answer in answers.items():
         console.out.print(f"\n[bold]{name}[/bold]: {answer}")
     console.out.print()
@@ -88,6 +93,19 @@ def _calibrate(
         artifacts[name] = artifact_from(model, layers, config, tokens=tokens)
         artifacts[name].save(out / name)
     return artifacts
+
+
+def _distill(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Artifact
+) -> Artifact:
+    """A few minutes of training on the training articles."""
+    length = DISTILL.sequence_length
+    train, held_out = (
+        data.text_windows(tokenizer, data.read_texts("default", split), length)
+        for split in ("train", "validation")
+    )
+    with console.training_progress() as update:
+        return distill(model, start, train, DISTILL, held_out=held_out[:2], on_progress=update)
 
 
 def _evaluate(

@@ -51,7 +51,10 @@ class Piece:
     def inputs(self, copies: int = 1) -> dict[str, Tensor]:
         inputs = {"input_ids": self.ids_BT.repeat(copies, 1)}
         if self.padded:
-            inputs["attention_mask"] = self.mask_BT.repeat(copies, 1)
+            mask_BT = self.mask_BT.repeat(copies, 1)
+            # Truncated keys depend on absolute positions, so padding must not shift them.
+            inputs["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+            inputs["attention_mask"] = mask_BT
         return inputs
 
 
@@ -63,7 +66,7 @@ class Text:
 
     @property
     def sequences(self) -> int:
-        return self.pieces[-1].rows.stop
+        return sum(piece.ids_BT.shape[0] for piece in self.pieces)
 
     @property
     def tokens(self) -> int:
@@ -74,6 +77,11 @@ class Text:
         if not _distributed():
             return self.pieces
         return self.pieces[dist.get_rank() :: dist.get_world_size()]
+
+    def forget_teacher(self) -> None:
+        """Free the teacher's logits."""
+        for piece in self.pieces:
+            piece.teacher_BTV = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,10 @@ def take_text(batches: Iterable[Batch], tokens: int, device: torch.device, use: 
 
 @torch.inference_mode()
 def add_teacher(model: PreTrainedModel, text: Text) -> None:
-    """Keep the teacher's logits with the pieces of this process, computed once."""
+    """Keep the teacher's logits with the pieces of this process, unless they are there."""
     for piece in text.mine:
+        if piece.teacher_BTV is not None:
+            continue
         piece.teacher_BTV = model(**piece.inputs(), use_cache=False).logits
 
 
@@ -139,21 +149,22 @@ def measure_changes(
     changes: Mapping[int, Sequence[RankTable]],
     *,
     batched: int = 1,
-) -> dict[int, list[float]]:
-    """KL of tables that differ from `table` in one layer: `changes[layer]` lists them.
+) -> tuple[float, dict[int, list[float]]]:
+    """KL of `table`, and of tables that differ from it in one layer: `changes[layer]` lists them.
 
     Hidden states below that layer are computed once for all of its tables, and `batched` tables go
     through the model together.
     """
     order = sorted(changes)
-    counts = [len(changes[layer]) for layer in order]
-    kl_NC = torch.zeros(text.sequences, sum(counts), dtype=torch.float64, device=model.device)
+    columns = 1 + sum(len(changes[layer]) for layer in order)
+    kl_NC = torch.zeros(text.sequences, columns, dtype=torch.float64, device=model.device)
     blocks = _blocks(model)
     for piece in text.mine:
         set_gates(gated, table)
         with _recorded(blocks) as outputs:
-            model(**piece.inputs(), use_cache=False)
-        column = 0
+            logits_BTV = model(**piece.inputs(), use_cache=False).logits
+        kl_NC[piece.rows, 0] = _sums(logits_BTV, piece)[:, 0]
+        column = 1
         for layer in order:
             for tables in _chunks(changes[layer], batched):
                 sums = _kl_of_tables(model, gated, piece, blocks, outputs, layer, tables)
@@ -161,8 +172,8 @@ def measure_changes(
                 column += len(tables)
             set_gates(gated, table, layer)
     kl_C = (reduced(kl_NC).sum(0) / text.tokens).tolist()
-    found = iter(kl_C)
-    return {layer: [next(found) for _ in changes[layer]] for layer in order}
+    found = iter(kl_C[1:])
+    return kl_C[0], {layer: [next(found) for _ in changes[layer]] for layer in order}
 
 
 def _kl_of_tables(

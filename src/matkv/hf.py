@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -358,7 +359,8 @@ def attach(
         parameter = next(modules[layer].parameters())
         modules[layer].matkv = projection.to(parameter.device, model.dtype).requires_grad_(False)
     before = _use_implementation(model, NAME)
-    hook = model.get_decoder().register_forward_pre_hook(_provide_cache, with_kwargs=True)
+    prepare = partial(_prepare_forward, notes_padding=sink > 0)
+    hook = model.get_decoder().register_forward_pre_hook(prepare, with_kwargs=True)
     model.__dict__[PREPARE] = MethodType(_prepare_cache_for_generation, model)
     model.__dict__["matkv_attachment"] = Attachment(
         artifact, table, before, hook, _merge(model, artifact)
@@ -451,8 +453,12 @@ def _exact(default: int, given: int | None, name: str) -> int:
     return tokens
 
 
-def _provide_cache(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _prepare_forward(
+    decoder: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    notes_padding: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """A pre-hook that turns the empty cache of a forward pass into a latent one, in place.
 
@@ -465,7 +471,8 @@ def _provide_cache(
         kwargs["past_key_values"] = LatentCache(decoder)
     elif cache is not None and not _is_latent(cache):
         use_latents(cache, decoder)
-    _note_padding(decoder, kwargs.get("attention_mask"))
+    if notes_padding:
+        _note_padding(decoder, kwargs.get("attention_mask"))
     return args, kwargs
 
 

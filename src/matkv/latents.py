@@ -85,6 +85,7 @@ class LayerProjection(nn.Module):
         pairs = [pairs[head] for head in order]
         self.is_sorted = order == list(range(heads))
         self.buckets = _buckets(pairs)
+        self.highest_ranks = max(key_ranks), max(value_ranks)
         tensors = {
             "order": torch.tensor(order),
             "place": torch.tensor(order).argsort(),

@@ -41,6 +41,11 @@ class LossWeights:
             raise TrainingError(f"temperature {self.temperature} must be above 0")
 
 
+def chunk_size(students: int, vocabulary: int) -> int:
+    """How many positions to take at a time."""
+    return max(1, CHUNK_ELEMENTS // ((students + 1) * vocabulary))
+
+
 def distillation_loss(
     head: Head,
     student_KNM: Tensor,
@@ -48,16 +53,16 @@ def distillation_loss(
     label_N: Tensor,
     weights: LossWeights,
     *,
-    chunk: int | None = None,
+    chunk: int,
 ) -> Tensor:
-    """Sum of the loss over positions, mean over the K students; `head` turns hidden into logits.
+    """Each student's loss, summed over positions; `head` turns hidden into logits.  [K]
 
-    The head's own weights get no gradient.
+    The teacher and the head's own weights get no gradient.
     """
-    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    loss_K: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         head, student_KNM, teacher_NM, label_N, weights, chunk
     )
-    return loss
+    return loss_K
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -71,27 +76,86 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_NM: Tensor,
         label_N: Tensor,
         weights: LossWeights,
-        chunk: int | None,
+        chunk: int,
     ) -> Tensor:
-        K, N, _ = student_KNM.shape
         grad_KNM = torch.empty_like(student_KNM) if student_KNM.requires_grad else None
-        total = torch.zeros((), device=student_KNM.device)
-        first = 0
-        while first < N:
-            teacher_CV = head(teacher_NM[first : first + (chunk or 1)])
-            size = chunk or max(1, CHUNK_ELEMENTS // ((K + 1) * teacher_CV.shape[-1]))
-            rows = slice(first, first + size)
-            if chunk is None:
-                teacher_CV = head(teacher_NM[rows])
-            loss, grad_KCM = _chunk(head, student_KNM[:, rows], teacher_CV, label_N[rows], weights)
-            total += loss
-            if grad_KNM is not None:
-                grad_KNM[:, rows] = grad_KCM
-            first += size
+        loss_K = torch.zeros(len(student_KNM), device=student_KNM.device)
+        for first in range(0, len(label_N), chunk):
+            rows = slice(first, first + chunk)
+            teacher = _Teacher.of(head(teacher_NM[rows]), weights)
+            for student, hidden_NM in enumerate(student_KNM):
+                grad_CM = None if grad_KNM is None else grad_KNM[student, rows]
+                loss_K[student] += _chunk_loss(
+                    head, hidden_NM[rows], teacher, label_N[rows], weights, grad_CM
+                )
         ctx.save_for_backward(grad_KNM)
-        return total / K
+        return loss_K
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         (grad_KNM,) = ctx.saved_tensors
-        return None, grad_KNM * (grads[0] / grad_KNM.shape[0]), None, None, None, None
+        scale_K = grads[0].to(grad_KNM.dtype)
+        return None, grad_KNM * scale_K[:, None, None], None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """The teacher's distribution at the weights' temperature, and Σ p log p of each position."""
+
+    probability_CV: Tensor
+    negentropy_C: Tensor
+
+    @classmethod
+    def of(cls, logits_CV: Tensor, weights: LossWeights) -> _Teacher | None:
+        if weights.kl == 0:
+            return None
+        logits_CV = logits_CV.float() / weights.temperature
+        normalizer_C = logits_CV.logsumexp(-1)
+        probability_CV = (logits_CV - normalizer_C[:, None]).exp_()
+        negentropy_C = torch.einsum("cv,cv->c", probability_CV, logits_CV) - normalizer_C
+        return cls(probability_CV, negentropy_C)
+
+
+def _chunk_loss(
+    head: Head,
+    hidden_CM: Tensor,
+    teacher: _Teacher | None,
+    label_C: Tensor,
+    weights: LossWeights,
+    grad_CM: Tensor | None,
+) -> Tensor:
+    """One chunk's summed loss; its gradient with respect to `hidden_CM` goes to `grad_CM`."""
+    with torch.set_grad_enabled(grad_CM is not None):
+        hidden_CM = hidden_CM.detach().requires_grad_(grad_CM is not None)
+        head_CV = head(hidden_CM)
+    logits_CV = head_CV.detach().float()
+    loss, grad_CV = torch.zeros((), device=logits_CV.device), None
+    if teacher is not None:
+        tau = weights.temperature
+        divergence, grad_CV = _divergence(logits_CV / tau if tau != 1 else logits_CV, teacher)
+        loss, grad_CV = weights.kl * tau**2 * divergence, grad_CV.mul_(weights.kl * tau)
+    if weights.ce:
+        entropy, entropy_grad_CV = _cross_entropy(logits_CV, label_C)
+        loss = loss + weights.ce * entropy
+        entropy_grad_CV.mul_(weights.ce)
+        grad_CV = entropy_grad_CV if grad_CV is None else grad_CV.add_(entropy_grad_CV)
+    if grad_CM is not None and grad_CV is not None:
+        (grad,) = torch.autograd.grad(head_CV, hidden_CM, grad_CV.to(head_CV.dtype))
+        grad_CM.copy_(grad)
+    return loss
+
+
+def _divergence(logits_CV: Tensor, teacher: _Teacher) -> tuple[Tensor, Tensor]:
+    """Summed KL(teacher ‖ softmax(logits)) and its gradient with respect to the logits."""
+    normalizer_C = logits_CV.logsumexp(-1)
+    cross_C = torch.einsum("cv,cv->c", teacher.probability_CV, logits_CV) - normalizer_C
+    grad_CV = (logits_CV - normalizer_C[:, None]).exp_().sub_(teacher.probability_CV)
+    return (teacher.negentropy_C - cross_C).sum(), grad_CV
+
+
+def _cross_entropy(logits_CV: Tensor, label_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and its gradient with respect to the logits."""
+    log_CV = logits_CV.log_softmax(-1)
+    loss = -log_CV.gather(1, label_C[:, None]).sum()
+    grad_CV = log_CV.exp_()
+    return loss, grad_CV.scatter_add_(1, label_C[:, None], -torch.ones_like(grad_CV[:, :1]))

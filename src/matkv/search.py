@@ -8,8 +8,10 @@ No model is needed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 from matkv.errors import BudgetError, RankError
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
@@ -149,8 +151,8 @@ class Space:
         check_budget(budget)
         if budget < self.smallest - TINY:
             raise BudgetError(
-                f"budget {budget:g} is below {self.smallest:.4g}, the smallest that the constraints "
-                "allow: raise it, lower min_rank or protect fewer layers"
+                f"budget {budget:g} is below {self.smallest:.4g}, the smallest that the "
+                "constraints allow: raise it, lower min_rank or protect fewer layers"
             )
 
 
@@ -158,12 +160,15 @@ class Space:
 class Path:
     """A search's result: the unit that shrinks by one level, drop by drop.
 
+    `stops` lists the numbers of drops after which there is a table to use; None for every number.
+
     Raises:
         RankError: a drop names no unit, or one that is at its lowest rank already.
     """
 
     space: Space
     drops: tuple[int, ...] = ()
+    stops: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for unit, level in enumerate(self.levels(len(self.drops))):
@@ -183,47 +188,74 @@ class Path:
         return self.space.table(self.levels(count))
 
     def extended(self, drops: Sequence[int]) -> Path:
-        return Path(self.space, (*self.drops, *drops))
+        return replace(self, drops=(*self.drops, *drops))
+
+    def counts(self) -> Sequence[int]:
+        """Numbers of drops after which there is a table to use."""
+        return range(len(self.drops) + 1) if self.stops is None else self.stops
 
     def budgets(self) -> list[float]:
         """Budget after 0, 1, 2, ... drops."""
-        space = self.space
-        full = sum(
-            2 * space.geometry.layers[i].kv_heads * space.geometry.layers[i].head_dim
-            for i in space.geometry.growing
-        )
-        left = round(space.table(space.top).budget * full)
-        levels, budgets = list(space.top), [left / full]
+        units, levels = self.space.units, list(self.space.top)
+        full = RankTable.full(self.space.geometry).bytes_per_token(torch.int8)
+        left = self.table(0).bytes_per_token(torch.int8)
+        budgets = [left / full]
         for unit in self.drops:
-            left -= space.units[unit].columns(levels[unit], levels[unit] + 1)
+            left -= units[unit].columns(levels[unit], levels[unit] + 1)
             levels[unit] += 1
             budgets.append(left / full)
         return budgets
 
     def count_for(self, budget: float) -> int | None:
         """Fewest drops that hold `budget`; None where the path ends above it."""
-        for count, reached in enumerate(self.budgets()):
-            if reached <= budget + TINY:
-                return count
-        return None
+        budgets = self.budgets()
+        return next((n for n in self.counts() if budgets[n] <= budget + TINY), None)
+
+    def deepest(self, holds: Callable[[RankTable], bool]) -> int | None:
+        """Most drops whose table still `holds`, by bisection; None where not even the first does.
+
+        Exact where a table that does not hold is never followed by one that does.
+        """
+        counts = self.counts()
+        good, bad = -1, len(counts)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if holds(self.table(counts[middle])):
+                good = middle
+            else:
+                bad = middle
+        return None if good < 0 else counts[good]
+
+
+def uniform_path(space: Space) -> Path:
+    """All units shrink together: a table after every whole round."""
+    drops: list[int] = []
+    stops = [0]
+    for level in range(1, max(len(unit.ladder) for unit in space.units)):
+        drops += [index for index, unit in enumerate(space.units) if level < len(unit.ladder)]
+        stops.append(len(drops))
+    return Path(space, tuple(drops), tuple(stops))
 
 
 def descend(
-    path: Path, costs: Sequence[Sequence[float]], budget: float, *, reach: int | None = None
+    path: Path, costs: Sequence[Sequence[float]], budget: float, *, reach: float = 1.0
 ) -> list[int]:
     """Cheapest drops per column until `budget` holds, for costs that add up over units.
 
     `costs[unit][k]` is the estimated cost of lowering a unit by k levels from the path's end,
     `costs[unit][0] = 0`. Drops that follow one another on a unit are taken together where the later
     ones are cheaper (the lower convex hull of the costs), which makes every table on the way the
-    cheapest of its size. `reach` limits the levels one unit gives up.
+    cheapest of its size, up to one such group. `reach` is the share of its ladder that one unit may
+    give up, at least one level; the drops end above `budget` where it does not suffice.
     """
     levels = path.levels()
     steps: list[tuple[float, int, int, int]] = []
     for index, (unit, level) in enumerate(zip(path.space.units, levels, strict=True)):
-        end = len(unit.ladder) - 1 if reach is None else min(len(unit.ladder) - 1, level + reach)
+        most = max(1, int(reach * len(unit.ladder)))
+        end = min(len(unit.ladder) - 1, level + most)
         widths = [unit.columns(level, below) for below in range(level, end + 1)]
-        steps += [(slope, index, *span) for slope, *span in _hull(costs[index], widths)]
+        hull = _hull(costs[index], widths)
+        steps += [(slope, index, first, last) for slope, first, last in hull]
     drops: list[int] = []
     for _, index, first, last in sorted(steps):
         drops += [index] * (last - first)
@@ -231,16 +263,17 @@ def descend(
     return drops if count is None else drops[: max(0, count - len(path.drops))]
 
 
-def _hull(costs: Sequence[float], widths: Sequence[int]) -> Iterator[tuple[float, int, int]]:
+def _hull(costs: Sequence[float], widths: Sequence[int]) -> list[tuple[float, int, int]]:
     """(cost per column, first level, last level) along the lower convex hull, slopes rising."""
-    level, end = 0, len(widths) - 1
-    while level < end:
-        slope, below = min(
-            ((costs[k] - costs[level]) / (widths[k] - widths[level]), k)
-            for k in range(level + 1, end + 1)
-        )
-        yield slope, level, below
-        level = below
+    hull: list[tuple[float, int, int]] = []
+    for last in range(1, len(widths)):
+        first = last - 1
+        slope = (costs[last] - costs[first]) / (widths[last] - widths[first])
+        while hull and hull[-1][0] >= slope:
+            first = hull.pop()[1]
+            slope = (costs[last] - costs[first]) / (widths[last] - widths[first])
+        hull.append((slope, first, last))
+    return hull
 
 
 def _cells(layer: int, kv_heads: int, constraints: Constraints) -> Iterator[tuple[Cell, ...]]:

@@ -17,7 +17,7 @@ Shapes: B batch, N sequence, S sample, T token, V vocabulary, G KV head, D head 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,26 +35,44 @@ class Sensitivity:
     """Expansion of the KL around one rank table, in nats a token.
 
     `slope[layer, side]` is [GD]; `score[layer, side]` is [NGD], scaled so that half of its summed
-    squares over N is the second-order term.
+    squares over N is the second-order term; `kl` is the KL at the table itself.
     """
 
     slope: dict[tuple[int, Side], Tensor]
     score: dict[tuple[int, Side], Tensor]
+    kl: float
 
     def costs(self, space: Space, levels: Levels) -> list[list[float]]:
         """Cost of lowering every unit by 0, 1, 2, ... levels from `levels`."""
         return [self._unit(unit, level) for unit, level in zip(space.units, levels, strict=True)]
 
     def _unit(self, unit: Unit, level: int) -> list[float]:
-        slope_D = sum(self.slope[layer, side][head] for layer, side, head in unit.cells)
-        score_ND = sum(self.score[layer, side][:, head] for layer, side, head in unit.cells)
-        assert isinstance(slope_D, Tensor) and isinstance(score_ND, Tensor)
-        top = unit.ladder[level]
-        costs = []
-        for rank in unit.ladder[level:]:
-            second = 0.5 * score_ND[:, rank:top].sum(-1).square().sum()
-            costs.append(float(second - slope_D[rank:top].sum()))
+        slope_D = torch.stack([self.slope[layer, side][g] for layer, side, g in unit.cells]).sum(0)
+        score_CND = torch.stack([self.score[layer, side][:, g] for layer, side, g in unit.cells])
+        ranks = list(unit.ladder[level:])
+        slope_R, score_NR = _dropped(slope_D, ranks), _dropped(score_CND.sum(0), ranks)
+        costs: list[float] = (0.5 * score_NR.square().sum(0) - slope_R).tolist()
         return costs
+
+
+def averaged(recent: Sequence[Sensitivity], fading: float) -> Sensitivity:
+    """Mean of several expansions, each weighing `fading` times what the next one does."""
+    weights = [fading**age for age in reversed(range(len(recent)))]
+    shares = [weight / sum(weights) for weight in weights]
+    slope, score = {}, {}
+    for name in recent[-1].slope:
+        slopes = [one.slope[name] * w for one, w in zip(recent, shares, strict=True)]
+        slope[name] = torch.stack(slopes).sum(0)
+        score[name] = torch.cat(
+            [one.score[name] * w**0.5 for one, w in zip(recent, shares, strict=True)]
+        )
+    return Sensitivity(slope, score, recent[-1].kl)
+
+
+def _dropped(x: Tensor, ranks: list[int]) -> Tensor:
+    """Sums over the columns from each rank up to the first, for all `ranks`.  [...D -> ...R]"""
+    summed = torch.cat((torch.zeros_like(x[..., :1]), x.cumsum(-1)), dim=-1)
+    return summed[..., ranks[:1]] - summed[..., ranks]
 
 
 def expand(
@@ -64,63 +82,85 @@ def expand(
     table: RankTable,
     *,
     samples: int,
-    generator: torch.Generator,
+    seed: int,
 ) -> Sensitivity:
     """Expand the KL around `table`, by all processes together.
 
     `samples` label sequences are drawn for every sequence of the text.
     """
     set_gates(gated, table)
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    sums: dict[tuple[int, Side], Tensor] = {}
+    N, device = text.sequences, model.device
+    kl_N = torch.zeros(N, dtype=torch.float64, device=device)
+    grads: dict[tuple[int, Side], Tensor] = {}
     for layer, projection in gated.items():
+        G, D = projection.key_maps.encode_GDD.shape[:2]
         for side in SIDES:
-            G, D = projection.key_maps.encode_GDD.shape[:2]
-            sums[layer, side] = torch.zeros(text.sequences, 1 + samples, G, D, device=model.device)
+            grads[layer, side] = torch.zeros(N, samples + 1, G, D, device=device)
     with _frozen(model):
         for piece in text.mine:
-            for part, grads in enumerate(_gradients(model, gated, piece, samples, seed)):
-                for name, grad_BGD in grads.items():
-                    sums[name][piece.rows, part] = grad_BGD
+            kl_N[piece.rows] = _differentiate(model, gated, piece, samples, seed, grads)
     slope, score = {}, {}
-    for name, sum_NSGD in sums.items():
-        sum_NSGD = reduced(sum_NSGD).cpu()
-        slope[name] = sum_NSGD[:, 0].sum(0) / text.tokens
-        score[name] = sum_NSGD[:, 1:].flatten(0, 1) * (samples * text.tokens) ** -0.5
-    return Sensitivity(slope, score)
+    for name, grad_NSGD in grads.items():
+        grad_NSGD = reduced(grad_NSGD).cpu()
+        slope[name] = grad_NSGD[:, 0].sum(0) / text.tokens
+        score[name] = grad_NSGD[:, 1:].flatten(0, 1) * (samples * text.tokens) ** -0.5
+    return Sensitivity(slope, score, float(reduced(kl_N).sum()) / text.tokens)
 
 
-def _gradients(
-    model: PreTrainedModel, gated: Gated, piece: Piece, samples: int, seed: int
-) -> Iterator[dict[tuple[int, Side], Tensor]]:
-    """By every gate and sequence: the gradient of the KL, then of each sampled log-likelihood."""
+def _differentiate(
+    model: PreTrainedModel,
+    gated: Gated,
+    piece: Piece,
+    samples: int,
+    seed: int,
+    grads: dict[tuple[int, Side], Tensor],
+) -> Tensor:
+    """Write the gradients of one batch into `grads` [NSGD]; returns its summed KL.  [B]
+
+    At S = 0 stands the gradient of the KL, then that of each sampled log-likelihood.
+    """
     gates = _open(gated, piece.ids_BT.shape[0])
     logits_BTV = model(**piece.inputs(), use_cache=False).logits
-    mask_BT1 = piece.mask_BT[..., None]
-    assert piece.teacher_BTV is not None
-    with torch.no_grad():
-        student_BTV = logits_BTV.float().softmax(-1)
-        toward_BTV = (student_BTV - piece.teacher_BTV.float().softmax(-1)) * mask_BT1
+    fixed_BTV = logits_BTV.detach()
+    kl_B, toward_BTV = _toward_teacher(fixed_BTV, piece)
     for sample in range(samples + 1):
         if sample:
-            generator = torch.Generator(student_BTV.device)
+            generator = torch.Generator(fixed_BTV.device)
             generator.manual_seed(seed + piece.first * samples + sample)
-            labels_BT1 = _draw(student_BTV, generator)
-            toward_BTV = -student_BTV * mask_BT1
-            toward_BTV.scatter_add_(-1, labels_BT1, mask_BT1.to(toward_BTV.dtype))
-        grads = torch.autograd.grad(
-            logits_BTV,
-            list(gates.values()),
-            toward_BTV.to(logits_BTV.dtype),
-            retain_graph=sample < samples,
+            toward_BTV = _toward_samples(fixed_BTV, piece, generator)
+        found = torch.autograd.grad(
+            logits_BTV, list(gates.values()), toward_BTV, retain_graph=sample < samples
         )
-        yield {name: grad.float() for name, grad in zip(gates, grads, strict=True)}
+        for name, grad_BGD in zip(gates, found, strict=True):
+            grads[name][piece.rows, sample] = grad_BGD.float()
+    return kl_B
 
 
-def _draw(probability_BTV: Tensor, generator: torch.Generator) -> Tensor:
-    """One label a token.  [BTV -> BT1]"""
-    flat = probability_BTV.flatten(0, 1)
-    return torch.multinomial(flat, 1, generator=generator).view(*probability_BTV.shape[:2], 1)
+def _toward_teacher(logits_BTV: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+    """Summed KL of every sequence, and its gradient by the student's logits.  [B], [BTV]"""
+    assert piece.teacher_BTV is not None
+    toward_BTV, kl_B = torch.empty_like(logits_BTV), []
+    for row, (student_TV, teacher_TV) in enumerate(zip(logits_BTV, piece.teacher_BTV, strict=True)):
+        mask_T1 = piece.mask_BT[row, :, None]
+        log_q_TV, log_p_TV = student_TV.float().log_softmax(-1), teacher_TV.float().log_softmax(-1)
+        p_TV = log_p_TV.exp()
+        kl_B.append(((log_p_TV - log_q_TV) * p_TV * mask_T1).sum(dtype=torch.float64))
+        toward_BTV[row] = log_q_TV.exp_().sub_(p_TV).mul_(mask_T1)
+    return torch.stack(kl_B), toward_BTV
+
+
+def _toward_samples(logits_BTV: Tensor, piece: Piece, generator: torch.Generator) -> Tensor:
+    """Gradient of the log-likelihood of labels drawn from the logits, by the logits."""
+    toward_BTV = torch.empty_like(logits_BTV)
+    for row, logits_TV in enumerate(logits_BTV):
+        probability_TV = logits_TV.float().softmax(-1)
+        summed_TV = probability_TV.cumsum(-1)
+        height_T1 = torch.rand(len(summed_TV), 1, generator=generator, device=summed_TV.device)
+        labels_T1 = torch.searchsorted(summed_TV, height_T1 * summed_TV[:, -1:])
+        labels_T1 = labels_T1.clamp_max(summed_TV.shape[-1] - 1)
+        residual_TV = probability_TV.neg_().scatter_add_(-1, labels_T1, torch.ones_like(height_T1))
+        toward_BTV[row] = residual_TV.mul_(piece.mask_BT[row, :, None])
+    return toward_BTV
 
 
 def _open(gated: Gated, batch: int) -> dict[tuple[int, Side], Tensor]:

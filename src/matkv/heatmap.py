@@ -1,0 +1,100 @@
+"""Pictures of a rank table: layer × head, keys and values side by side.
+
+The paper's Figure 1 (arXiv 2410.14731) shows such maps of LLaMA2-7B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from matkv.errors import MatkvError
+from matkv.ranks import SIDES, RankTable, Side
+
+# What the paper found for LLaMA2-7B at a budget of 37.5%.
+PAPER_BUDGET = 0.375
+PAPER_SHARES: dict[Side, float] = {"key": 0.323, "value": 0.427}
+
+# Dark to light, even in brightness: few columns kept to all of them.
+SHADES = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
+
+
+def share_lines(table: RankTable) -> str:
+    """Kept columns of keys and of values, and below them the paper's."""
+    ours = ", ".join(f"{side}s {table.share(side):.1%}" for side in SIDES)
+    paper = ", ".join(f"{side}s {share:.1%}" for side, share in PAPER_SHARES.items())
+    return f"kept at {table.budget:.1%}: {ours}\npaper, LLaMA2-7B at {PAPER_BUDGET:.1%}: {paper}"
+
+
+def heatmap(table: RankTable) -> Group:
+    """A rank table for the terminal: one row a layer, one coloured rank a head; print with rich."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text("layer", style="dim"), *(Text(f"{side}s", style="bold") for side in SIDES))
+    for layer in table.geometry.growing:
+        dim = table.geometry.layers[layer].head_dim
+        cells = [_cells(table.side(side)[layer], dim) for side in SIDES]
+        grid.add_row(Text(str(layer), style="dim", justify="right"), *cells)
+    return Group(grid, Text(share_lines(table)))
+
+
+def _cells(ranks: Sequence[int], dim: int) -> Text:
+    width = len(str(dim)) + 1
+    text = Text()
+    for rank in ranks:
+        shade = SHADES[min(len(SHADES) - 1, rank * len(SHADES) // dim)]
+        ink = "black" if rank * 2 > dim else "white"
+        text.append(f"{rank:>{width}} ", style=f"{ink} on {shade}")
+    return text
+
+
+def save_heatmap(table: RankTable, path: str | Path, *, title: str | None = None) -> Path:
+    """Draw a rank table as a picture; the suffix of `path` chooses the format, PNG for example.
+
+    Raises:
+        MatkvError: matplotlib is not installed, or `path` cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MatkvError(
+            "a picture needs matplotlib, which is not installed: pip install 'matkv[report]'"
+        ) from error
+    layers = table.geometry.growing
+    heads = max(table.geometry.layers[layer].kv_heads for layer in layers)
+    figure = Figure(
+        figsize=(3.4 + 0.26 * max(heads, 6) * 2, 1.6 + 0.2 * len(layers)), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, side in zip(axes, SIDES, strict=True):
+        image = axis.imshow(
+            _fractions(table, side, heads), vmin=0, vmax=1, cmap="viridis", aspect="auto"
+        )
+        axis.set_title(f"{side}s: {table.share(side):.1%} kept")
+        axis.set_xlabel("KV head")
+        axis.set_xticks(range(0, heads, max(1, heads // 8)))
+        rows = range(0, len(layers), max(1, len(layers) // 16))
+        axis.set_yticks(rows, [str(layers[row]) for row in rows])
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="columns kept / head dim")
+    figure.suptitle(title or f"ranks at a budget of {table.budget:.1%}")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise MatkvError(f"cannot draw {path}: {error}") from error
+    return Path(path)
+
+
+def _fractions(table: RankTable, side: Side, heads: int) -> list[list[float]]:
+    """Kept share of every growing layer and head; NaN where a layer has fewer heads."""
+    rows = []
+    for layer in table.geometry.growing:
+        ranks, dim = table.side(side)[layer], table.geometry.layers[layer].head_dim
+        rows.append([rank / dim for rank in ranks] + [math.nan] * (heads - len(ranks)))
+    return rows

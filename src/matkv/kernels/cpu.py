@@ -1,0 +1,94 @@
+"""Decoding on the CPU: torch's flash attention, a call per bucket, the context split over threads.
+
+Shapes: B batch, G KV head, N heads of one bucket, X query head of a KV head, T cached token,
+S split of the context, C row columns, M view columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from matkv.latents import Bucket, LayerProjection
+
+# A thread gets at least this many tokens: splitting fewer costs more than it saves.
+MIN_SPLIT = 1024
+
+# Like F.scaled_dot_product_attention at equal widths, but also returns the log of the sum of
+# exponentials of each query's scores, by which parts of a context are put together.
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def decode(
+    query_BGXM: Tensor,
+    rows: Sequence[Tensor],
+    projection: LayerProjection,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Attention of one query position over all rows, [BNTC] per bucket.  [BGXM -> BGXM]
+
+    `mask` is additive, [B|1 1 1 T], or None when every token is seen.
+    """
+    X, M = query_BGXM.shape[2:]
+    if X == 1 and query_BGXM.dtype == torch.bfloat16:
+        # oneDNN multiplies by one bf16 row at half the speed of two (measured, AVX-512 BF16).
+        query_BGXM = query_BGXM.repeat(1, 1, 2, 1)
+    out_BGXM = query_BGXM.new_zeros(query_BGXM.shape)
+    for bucket, rows_BNTC in zip(projection.buckets, rows, strict=True):
+        if bucket.row_width == 0:
+            continue
+        width = _fast_width(bucket, M)
+        query_BNXM = query_BGXM[:, bucket.heads, :, :width]
+        out_BNXM = _decode_split(query_BNXM, rows_BNTC, mask, scaling)
+        out_BGXM[:, bucket.heads, :, M - width :] = out_BNXM
+    return out_BGXM[:, :, :X]
+
+
+def _decode_split(
+    query_BNXM: Tensor, rows_BNTC: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """One bucket, in as many parts as it takes to give every thread the same work."""
+    B, N, X, M = query_BNXM.shape
+    tokens = rows_BNTC.shape[2]
+    threads = torch.get_num_threads()
+    splits = min(threads // math.gcd(threads, B * N), tokens // MIN_SPLIT)
+    if splits < 2:
+        return _flash(query_BNXM, rows_BNTC, mask, scaling)[0]
+    # Sequences and heads become one axis, so that the parts of a context are a view of its rows.
+    query_YXM = query_BNXM.reshape(B * N, 1, X, M)
+    rows_YTC = rows_BNTC.flatten(0, 1)
+    if mask is not None and B > 1:
+        mask = mask.expand(B, N, 1, tokens).reshape(B * N, 1, 1, tokens)
+    end, parts = tokens - tokens % splits, []
+    for span, pieces in ((slice(0, end), splits), (slice(end, tokens), 1)):
+        if span.start == span.stop:
+            continue
+        rows_YSTC = rows_YTC[:, span].unflatten(1, (pieces, -1))
+        piece = None if mask is None else mask[..., span].unflatten(3, (pieces, -1)).squeeze(1)
+        piece = None if piece is None else piece.transpose(1, 2)
+        parts.append(_flash(query_YXM.expand(-1, pieces, -1, -1), rows_YSTC, piece, scaling))
+    out_YSXM, lse_YSX = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    weights_YSX = lse_YSX.softmax(dim=1).to(out_YSXM.dtype)
+    return (weights_YSX[..., None] * out_YSXM).sum(1).view(B, N, X, M)
+
+
+def _flash(
+    query_BNXM: Tensor, rows_BNTC: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    width = query_BNXM.shape[-1]
+    key_BNTM, value_BNTM = rows_BNTC[..., :width], rows_BNTC[..., -width:]
+    out_BNXM, lse_BNX = flash(query_BNXM, key_BNTM, value_BNTM, attn_mask=mask, scale=scaling)
+    return out_BNXM, lse_BNX
+
+
+def _fast_width(bucket: Bucket, most: int) -> int:
+    """View columns: the bucket's, or a few more.
+
+    oneDNN's bf16 products take twice the time on views of just half a row of 64 or 128 columns.
+    """
+    is_slow = bucket.row_width in (64, 128) and 2 * bucket.width == bucket.row_width
+    return min(bucket.width + 8, most) if is_slow else bucket.width

@@ -1,0 +1,52 @@
+"""Low-rank adapters as PEFT stores them, so that PEFT can load them from an artifact.
+
+Shapes: M input dim, N output dim, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """PEFT's adapter configuration, and its tensors by PEFT's names."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def updates(self) -> Iterator[tuple[str, Tensor]]:
+        """(name of a linear map, what to add to its weight [NM] in fp32), for all of them.
+
+        W' = W + alpha/r B A  (arXiv 2106.09685)
+        """
+        scale = self.config["lora_alpha"] / self.config["r"]
+        for name, down_RM in self.tensors.items():
+            if name.endswith(DOWN):
+                up_NR = self.tensors[name.removesuffix(DOWN) + UP]
+                path = name.removeprefix("base_model.model.").removesuffix(DOWN)
+                yield path, scale * (up_NR.float() @ down_RM.float())
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir()
+        text = json.dumps(self.config, indent=1)
+        (directory / LORA_CONFIG).write_text(text, encoding="utf-8")
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()
+        }
+        save_file(tensors, directory / LORA_WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def read(cls, directory: Path) -> Lora:
+        config = json.loads((directory / LORA_CONFIG).read_text(encoding="utf-8"))
+        return cls(config, load_file(directory / LORA_WEIGHTS))

@@ -1,0 +1,195 @@
+"""Plan: what a model and its cache will take, with and without compression, from its config alone.
+
+Arithmetic, no measurement: bytes of weights and of cache, what fits into a memory, and the time of
+a decoding step that does nothing but read both once. Activations and the allocator come on top.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from matkv.errors import MatkvError
+from matkv.hf import geometry_of
+from matkv.ranks import Geometry, RankTable, check_budget
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+# An H100 SXM's memory, by its data sheet.
+DEFAULT_BANDWIDTH = 3.35e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCase:
+    """What to plan for: `batch` sequences of `context` tokens at `budget` of the cache bytes.
+
+    `memory` is in bytes, None when nothing has to fit; `bandwidth` in bytes a second; `dtype` of
+    weights and cache, None for the config's, or bfloat16 where that has none.
+
+    Raises:
+        BudgetError: `budget` is outside (0, 1].
+        MatkvError: another number is not positive.
+    """
+
+    context: int
+    batch: int = 1
+    budget: float = 0.5
+    memory: int | None = None
+    bandwidth: float = DEFAULT_BANDWIDTH
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        for name in ("context", "batch", "memory", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise MatkvError(f"{name} {value} must be positive")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One way to hold the cache.
+
+    `bases_bytes` are the maps that compression adds to the weights; `token_bytes` what each further
+    token of one sequence adds. `largest_batch` fits at the planned context, `largest_context` at
+    the planned batch; both None without a memory, and 0 where not even one fits. `decode_ms` is the
+    time of reading weights, maps and cache once.
+    """
+
+    cache_bytes: int
+    token_bytes: int
+    bases_bytes: int
+    total_bytes: int
+    fits: bool | None
+    largest_batch: int | None
+    largest_context: int | None
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Footprints of the full and the compressed cache of one model.
+
+    A mixture of experts reads fewer weights a step than `weight_bytes`: its `decode_ms` is high.
+    """
+
+    model_type: str
+    parameters: int
+    weight_bytes: int
+    dtype: str
+    context: int
+    batch: int
+    budget: float
+    memory: int | None
+    bandwidth: float
+    full: Footprint
+    compressed: Footprint
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
+    """Plan a model that its config describes; no weights are loaded.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reproduced on latents.
+    """
+    geometry = geometry_of(config)
+    parameters = parameter_count(config)
+    dtype = case.dtype or getattr(config, "dtype", None) or torch.bfloat16
+    weights = parameters * dtype.itemsize
+    return Plan(
+        model_type=config.model_type,
+        parameters=parameters,
+        weight_bytes=weights,
+        dtype=str(dtype).removeprefix("torch."),
+        context=case.context,
+        batch=case.batch,
+        budget=case.budget,
+        memory=case.memory,
+        bandwidth=case.bandwidth,
+        full=_footprint(case, geometry, dtype, weights, None),
+        compressed=_footprint(case, geometry, dtype, weights, case.budget),
+    )
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the model a config describes, tied ones once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 80GB, 24GiB, 512M or 1e9.
+
+    Raises:
+        MatkvError: it is none.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE]\+?[0-9]+)?)\s*([KMGT]?i?)B?\s*", text)
+    unit = (UNITS | BINARY_UNITS).get(match[2]) if match else None
+    try:
+        return round(float(match[1]) * unit)  # type: ignore[index, operator]
+    except (TypeError, ValueError):
+        raise MatkvError(f"size {text!r} must be like 80GB, 24GiB or 1e9") from None
+
+
+def _footprint(
+    case: PlanCase, geometry: Geometry, dtype: torch.dtype, weights: int, budget: float | None
+) -> Footprint:
+    share = 1.0 if budget is None else budget
+    bases = 0 if budget is None else _bases_bytes(geometry, share, dtype)
+
+    def cache_bytes(batch: int, context: int) -> int:
+        return _cache_bytes(geometry, share, batch, context, dtype)
+
+    free = None if case.memory is None else case.memory - weights - bases
+    cache = cache_bytes(case.batch, case.context)
+    return Footprint(
+        cache_bytes=cache,
+        token_bytes=round(share * RankTable.full(geometry).bytes_per_token(dtype)),
+        bases_bytes=bases,
+        total_bytes=weights + bases + cache,
+        fits=None if free is None else cache <= free,
+        largest_batch=None if free is None else max(0, free // cache_bytes(1, case.context)),
+        largest_context=(
+            None
+            if free is None
+            else _largest(lambda tokens: cache_bytes(case.batch, tokens) <= free)
+        ),
+        decode_ms=1e3 * (weights + bases + cache) / case.bandwidth,
+    )
+
+
+def _cache_bytes(
+    geometry: Geometry, share: float, batch: int, context: int, dtype: torch.dtype
+) -> int:
+    """Layers with a sliding window at full width, the growing ones at `share` of theirs."""
+    full = RankTable.full(geometry)
+    growing = context * batch * full.bytes_per_token(dtype)
+    return full.nbytes(context, dtype, batch=batch) - growing + round(share * growing)
+
+
+def _bases_bytes(geometry: Geometry, share: float, dtype: torch.dtype) -> int:
+    """Maps of an attached model, all ranks at the budget: rows [2D C], queries and outputs [D R]."""
+    shapes = (geometry.layers[layer] for layer in geometry.growing)
+    columns = sum(6 * shape.kv_heads * shape.head_dim**2 for shape in shapes)
+    return round(share * columns) * dtype.itemsize
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 for none; what is larger fits less."""
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,88 @@
+"""How a long stage tells where it stands, and is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where training stands.
+
+    `loss` is the mean over the steps since the last report; `probes` the loss on held-out text by
+    budget, measured now and then. Seconds count from the start of the stage.
+    """
+
+    stage: str
+    step: int
+    steps: int | None
+    loss: float
+    tokens: int
+    seconds: float
+    seconds_left: float | None
+    probes: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a finished stage has used, the earlier parts of a resumed one counted in."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        minutes = round(self.seconds / 60, 2)
+        return {"steps": self.steps, "tokens": self.tokens, "minutes": minutes}
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Interrupt:
+    """Turns a first Ctrl-C into a request to stop after the step under way; a second one raises."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupt:
+        # Python allows signal handlers in the main thread only; elsewhere Ctrl-C stays as it is.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop; all processes must call this together."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,92 @@
+"""A search's rounds on disk, so that a search cut off goes on where it stopped.
+
+JSON lines: the first names the search by a digest of all that determines it, each further one holds
+a round's drops and what was measured in it. Under several processes the first one writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from matkv.errors import MatkvError
+
+
+@dataclass(frozen=True)
+class Round:
+    """Units dropped in one round, the KL where the round started, and the seconds it took."""
+
+    drops: tuple[int, ...]
+    kl: float
+    seconds: float
+
+
+class SearchState:
+    """Rounds done, appended to `path` one by one; kept in memory alone where `path` is None.
+
+    Raises:
+        MatkvError: `path` belongs to another search, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, digest: str) -> None:
+        self.path, self.digest = path, digest
+        self.rounds: list[Round] = []
+        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        if path is not None:
+            lines = self._read(path) if self.writes else []
+            self.rounds = [_round(line) for line in _shared(lines)]
+
+    @property
+    def drops(self) -> list[int]:
+        return [unit for one in self.rounds for unit in one.drops]
+
+    def add(self, drops: Sequence[int], kl: float, seconds: float) -> None:
+        self.rounds.append(Round(tuple(drops), kl, seconds))
+        if self.path is not None and self.writes:
+            self._append(self.path, asdict(self.rounds[-1]))
+
+    def _read(self, path: Path) -> list[str]:
+        """Lines of whole rounds; a last line cut off by a kill is removed."""
+        if not path.exists():
+            self._append(path, {"search": self.digest})
+            return []
+        try:
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                path.write_text(whole, encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MatkvError(f"cannot resume from {path}: {error}; delete it") from error
+        head, *lines = whole.splitlines() or [""]
+        if head != json.dumps({"search": self.digest}):
+            raise MatkvError(
+                f"{path} belongs to a search with other settings, text or bases: repeat those to "
+                "resume it, or delete it to start anew"
+            )
+        return lines
+
+    def _append(self, path: Path, record: dict[str, object]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise MatkvError(f"cannot write {path}: {error.strerror}; free some space") from error
+
+
+def _round(line: str) -> Round:
+    record = json.loads(line)
+    return Round(tuple(record["drops"]), record["kl"], record["seconds"])
+
+
+def _shared(lines: list[str]) -> list[str]:
+    """The first process's lines, in every process."""
+    if dist.is_initialized():
+        box = [lines]
+        dist.broadcast_object_list(box)
+        return box[0]
+    return lines

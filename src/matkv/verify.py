@@ -1,0 +1,75 @@
+"""Verify: the true divergence of found tables, on text that no search has read."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from transformers import PreTrainedModel
+
+from matkv.divergence import Divergence, Gated, Text, add_teacher, measure
+from matkv.errors import BudgetError
+from matkv.ranks import RankTable
+from matkv.search import TINY, Path, Space, uniform_path
+
+logger = logging.getLogger(__name__)
+
+
+class Verifier:
+    """Measures tables on held-out text; `student` puts the gates in place meanwhile."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gated: Gated,
+        text: Text,
+        student: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.model, self.gated, self.text, self.student = model, gated, text, student
+        add_teacher(model, text)
+
+    def divergence(self, table: RankTable) -> Divergence:
+        with self.student():
+            return measure(self.model, self.gated, self.text, table)
+
+    def entry(self, space: Space, budget: float, table: RankTable) -> dict[str, float]:
+        """What an artifact's history keeps of a table; uniform ranks at the budget beside it."""
+        found = self.divergence(table)
+        entry = {
+            "budget": budget,
+            "key_share": table.share("key"),
+            "value_share": table.share("value"),
+            "kl": found.kl,
+            "perplexity_increase": found.perplexity_increase,
+        }
+        uniform = uniform_path(space)
+        count = uniform.count_for(budget)
+        if count is None or uniform.table(count) == table:
+            return entry
+        entry["uniform_kl"] = self.divergence(uniform.table(count)).kl
+        if entry["uniform_kl"] < found.kl:
+            logger.warning("at budget %g uniform ranks are better: search on more text", budget)
+        return entry
+
+    def smallest(self, path: Path, error: str, limit: float) -> RankTable:
+        """The smallest table on the path whose `error`, a field of `Divergence`, is within `limit`.
+
+        Raises:
+            BudgetError: not even the largest table is.
+        """
+
+        def holds(table: RankTable) -> bool:
+            found: float = getattr(self.divergence(table), error)
+            return found <= limit
+
+        count = path.deepest(holds)
+        if count is None:
+            raise BudgetError(f"not even the largest table holds max_{error} {limit:g}: raise it")
+        return path.table(count)
+
+
+def own_budget(table: RankTable) -> float:
+    """A table's budget, rounded up to a hundredth of a percent."""
+    return math.ceil(table.budget * 1e4 - TINY) / 1e4
