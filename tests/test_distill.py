@@ -127,6 +127,12 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(llama: Tiny, tmp_path: Pa
         )
 
 
+def test_a_new_run_removes_checkpoints_of_an_older_one(llama: Tiny, tmp_path: Path) -> None:
+    for steps in (9, 3):
+        distill(llama.model, llama.artifact, text(), quick(steps=steps), checkpoints=tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_a_first_ctrl_c_saves_and_ends(llama: Tiny, tmp_path: Path) -> None:
     def press(progress: Progress) -> None:
         if progress.step == 2:

@@ -48,13 +48,15 @@ class Latents:
 
     `rows` holds a tensor [B N T C] per bucket of `projection`. When tokens are kept exact, `exact`
     holds their dropped coordinates per bucket and `start_B` the first real position of each
-    sequence, counted with left padding.
+    sequence, counted with left padding. `is_static`: the rows have room for later tokens, which a
+    mask hides; only the prompt of an empty cache comes without one.
     """
 
     projection: LayerProjection
     rows: list[Tensor]
     exact: list[Exact] | None = None
     start_B: Tensor | None = None
+    is_static: bool = False
 
     @property
     def tokens(self) -> int:
@@ -84,6 +86,8 @@ def attend(
         UnsupportedModelError: the mask differs between heads, as a position bias does.
     """
     queries = query_BHQD.shape[2]
+    if latents.is_static and mask is None:
+        latents = Latents(latents.projection, [rows[:, :, :queries] for rows in latents.rows])
     _check_mask(mask, queries, latents.tokens)
     if latents.exact is not None:
         return attend_explicit(latents, query_BHQD, mask, scaling=scaling, dropout=dropout)

@@ -1,4 +1,4 @@
-"""Benchmark: what a smaller cache gains, of attention alone and of a whole model.
+"""Benchmark of one layer's attention at decode, without a model: full width against latents.
 
 Shapes: B batch, H query head, G KV head, J query heads of a KV head, T cached token, D head dim,
 C row columns.
@@ -21,8 +21,6 @@ from matkv.latents import LayerProjection
 from matkv.projection import Maps
 from matkv.ranks import LayerRanks, check_budget
 from matkv.timing import Spread, take_turns, thread_count
-
-# ---- attention alone
 
 
 @dataclass(frozen=True, kw_only=True)

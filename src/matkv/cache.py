@@ -349,8 +349,9 @@ def attached_projections(model: PreTrainedModel) -> dict[int, LayerProjection]:
 
 
 def _layer_tensors(layer: Any) -> list[Tensor]:
-    if isinstance(layer, LatentLayer):
-        return layer._tensors()
+    if hasattr(layer, "_tensors"):  # latents, static or not
+        held: list[Tensor] = layer._tensors()
+        return held
     return [t for t in (layer.keys, layer.values) if t is not None]
 
 

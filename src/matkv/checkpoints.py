@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,13 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             continue
     return max(found)[1] if found else None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of an earlier run, so that none of them is taken for this one's."""
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def check_same_run(config: DistillConfig, saved: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ from matkv.plots import plot_quality
 from matkv.recipe import DistillConfig
 
 DISTILL = DistillConfig(objective="end-to-end", minutes=3, lr=1e-2, probe_every=20)
-BUDGETS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+BUDGETS = (0.875, 0.75, 0.5, 0.375, 0.25)
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_BUDGET = 0.5
 RESIDENT_TOKENS = 4096
 CALIBRATE_TOKENS = 32_768
-SCORE_TOKENS = 6144
+SCORE_TOKENS = 4096
 
 
 def demo(out: Path) -> dict[str, Any]:

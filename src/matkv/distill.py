@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from matkv.adapters import Adapters
 from matkv.artifact import Artifact, SideBases
-from matkv.checkpoints import last_checkpoint, own_randomness
+from matkv.checkpoints import last_checkpoint, own_randomness, remove_checkpoints
 from matkv.errors import TrainingError
 from matkv.examples import Examples, TrainingSet, as_example, collate
 from matkv.hf import fingerprint, geometry_of, handled
@@ -59,9 +59,9 @@ def distill(
 
     `examples` are windows of text [NT], or sequences {"input_ids": [T], "labels": [T]} whose labels
     are -100 where nothing is to be learned. The loss at three budgets is measured on the first of
-    `held_out`. With a folder for `checkpoints`, `resume` goes on from the newest one, exactly; a
-    first Ctrl-C ends the run after the step under way and keeps what was learned. Rank tables that
-    were found for the old bases are dropped.
+    `held_out`. With a folder for `checkpoints`, `resume` goes on from the newest one, exactly;
+    without `resume`, older ones there are removed. A first Ctrl-C ends the run after the step under
+    way and keeps what was learned. Rank tables that were found for the old bases are dropped.
 
     Raises:
         FingerprintError: the artifact was made for another model.
@@ -75,6 +75,8 @@ def distill(
     with TemporaryDirectory() as spare, _borrowed(model, config), Interrupt() as interrupt:
         folder = checkpoints or Path(spare)
         arguments = training_arguments(config, model.device, folder, save=folder is checkpoints)
+        if not resume and arguments.should_save:
+            remove_checkpoints(folder)
         model.to(arguments.device)  # type: ignore[arg-type]
         bases = Bases(artifact, config.parametrization).to(arguments.device)
         run = _Run(model, artifact, config, bases, interrupt, on_progress)

@@ -47,6 +47,7 @@ from matkv.default_model import DEFAULT_MODEL, default_model_dir
 from matkv.errors import CacheError, MatkvError, ModelError, RankError, UnsupportedModelError
 from matkv.latents import GatedProjection, LayerProjection, Projected
 from matkv.ranks import Geometry, LayerShape, RankTable
+from matkv.static_cache import StaticLatentLayer
 
 NAME = "matkv"
 PREPARE = "_prepare_cache_for_generation"
@@ -496,7 +497,8 @@ def _prepare_cache_for_generation(
 
 
 def _is_latent(cache: Any) -> bool:
-    return any(isinstance(layer, LatentLayer) for layer in getattr(cache, "layers", ()))
+    kinds = LatentLayer, StaticLatentLayer
+    return any(isinstance(layer, kinds) for layer in getattr(cache, "layers", ()))
 
 
 def _note_padding(model: PreTrainedModel, mask: Any) -> None:

@@ -177,7 +177,7 @@ def _cache_bytes(
 
 
 def _bases_bytes(geometry: Geometry, share: float, dtype: torch.dtype) -> int:
-    """Maps of an attached model, all ranks at the budget: rows [2D C], queries and outputs [D R]."""
+    """Maps of an attached model with all ranks at the budget: 2D × C for rows, twice D × R."""
     shapes = (geometry.layers[layer] for layer in geometry.growing)
     columns = sum(6 * shape.kv_heads * shape.head_dim**2 for shape in shapes)
     return round(share * columns) * dtype.itemsize

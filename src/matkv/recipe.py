@@ -59,7 +59,7 @@ class DistillConfig:
         TrainingError, BudgetError: a value is out of range; the message says which is allowed.
     """
 
-    objective: Objective = "both"
+    objective: Objective = "end-to-end"
     parametrization: Parametrization = "cayley"
     schedule: ScheduleName = "independent"
     rungs: tuple[float, ...] = (0.25, 0.375, 0.5, 0.75)

@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: candidates take turns, and ratios are taken turn by turn."""
+"""Measuring on a busy machine: candidates take turns, and ratios are taken turn by turn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -62,6 +63,30 @@ def milliseconds(work: Callable[[], object], device: torch.device | str = "cpu")
     work()
     wait()
     return 1e3 * (time.perf_counter() - started)
+
+
+def transient_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
+    """Bytes that one call takes on top of what is held before it, at its peak; None if unknown.
+
+    On the CPU it is the growth of the process's resident memory, which Linux can tell.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+        resident = _kilobytes("VmRSS")
+        work()
+        return 1024 * max(0, _kilobytes("VmHWM") - resident)
+    except OSError:
+        return None
+
+
+def _kilobytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 @contextmanager

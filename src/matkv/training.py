@@ -151,9 +151,10 @@ class DistillTrainer(Trainer):
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         if not bool(mean.isfinite()):
+            step = self.state.global_step + 1
             raise TrainingError(
-                f"the loss is {float(mean)} at step {self.state.global_step + 1}: nothing was "
-                "learned from it, and the last checkpoint is good; resume with a smaller lr"
+                f"the loss is {float(mean)} at step {step}: start anew with a smaller lr "
+                "(the last checkpoint is from before, and good)"
             )
         self.step_loss += float(mean)
         return loss

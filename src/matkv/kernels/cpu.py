@@ -54,7 +54,7 @@ def _decode_split(
     """One bucket, in as many parts as it takes to give every thread the same work."""
     B, N, X, M = query_BNXM.shape
     tokens = rows_BNTC.shape[2]
-    threads = torch.get_num_threads()
+    threads = _threads()
     splits = min(threads // math.gcd(threads, B * N), tokens // MIN_SPLIT)
     if splits < 2:
         return _flash(query_BNXM, rows_BNTC, mask, scaling)[0]
@@ -74,6 +74,11 @@ def _decode_split(
     out_YSXM, lse_YSX = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     weights_YSX = lse_YSX.softmax(dim=1).to(out_YSXM.dtype)
     return (weights_YSX[..., None] * out_YSXM).sum(1).view(B, N, X, M)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def _flash(
