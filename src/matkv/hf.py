@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -109,6 +110,25 @@ def load_model(
         model.to(device)  # type: ignore[arg-type]
     model.config._name_or_path = _identity(str(name))
     return model.eval(), tokenizer
+
+
+def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load a model's config without its weights; `name` as for `load_model`, or a config file.
+
+    Raises:
+        ModelError: it cannot be found or is none.
+    """
+    source, options = _source(str(name))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(
+            f"no config of a model in {name}: {_first_line(error)} (a model is a hub id, a "
+            f"directory, a config.json, a .gguf file or {DEFAULT_MODEL})"
+        ) from error
+    return config
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:

@@ -34,9 +34,9 @@ def decode(
     `mask` is additive, [B|1 1 1 T], or None when every token is seen.
     """
     X, M = query_BGXM.shape[2:]
-    if X == 1 and query_BGXM.dtype == torch.bfloat16:
-        # oneDNN multiplies by one bf16 row at half the speed of two (measured, AVX-512 BF16).
-        query_BGXM = query_BGXM.repeat(1, 1, 2, 1)
+    if X % 2 and query_BGXM.dtype == torch.bfloat16:
+        # oneDNN multiplies an even number of bf16 rows faster, two in half the time of one.
+        query_BGXM = torch.cat((query_BGXM, query_BGXM[:, :, :1]), dim=2)
     out_BGXM = query_BGXM.new_zeros(query_BGXM.shape)
     for bucket, rows_BNTC in zip(projection.buckets, rows, strict=True):
         if bucket.row_width == 0:
