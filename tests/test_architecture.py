@@ -18,17 +18,18 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
         "errors progress lora timing",
-        "ranks schedule projection data losses plots benchmark_plots search_state chat",
+        "ranks schedule projection data losses plots search_state chat",
         "default_model moments latents search artifact examples heatmap recipe",
-        "kernels divergence",
+        "kernels divergence checkpoints",
         "attention sensitivity verify",
         "cache rank_search",
         "static_cache",
         "hf",
         "calibrate allocate evaluate benchmark benchmark_attention report plan adapters",
-        "student console vllm_plugin",
-        "local training demo options",
-        "distill commands_make commands_measure commands_use",
+        "student console vllm_plugin benchmark_plots",
+        "local training options",
+        "distill",
+        "demo commands_make commands_measure commands_use",
         "cli __init__",
         "__main__",
     )

@@ -154,7 +154,8 @@ def random_model(
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config._name_or_path = "random weights"
-    return model.eval()
+    model.eval()
+    return model
 
 
 def twin(model: PreTrainedModel, *, share_weights: bool = True) -> PreTrainedModel:

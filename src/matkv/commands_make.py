@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 import typer
 
 from matkv import console, data
@@ -129,7 +130,12 @@ def distill_command(
             resume=resume,
             on_progress=update,
         )
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return  # every process has the same bases; the first one writes them
     trained.save(target)
+    if trained.history[-1].get("interrupted"):
+        console.err.print(f"interrupted: {target} has what was learned; go on with --resume")
+        sys.exit(130)
     shutil.rmtree(checkpoints, ignore_errors=True)
     if as_json:
         console.print_json({"artifact": str(target), "history": trained.history[-1]})
