@@ -43,6 +43,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "distill": commands_make.distill_command,
     "allocate": commands_make.allocate_command,
     "evaluate": commands_measure.evaluate_command,
+    "benchmark": commands_measure.benchmark_command,
+    "plan": commands_measure.plan_command,
     "generate": commands_use.generate_command,
     "chat": commands_use.chat_command,
     "inspect": commands_use.inspect_command,

@@ -111,6 +111,58 @@ def tables_table(entries: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Decoding steps of full caches and budgets, situation by situation."""
+    table = Table(title="one decoding step; speedup over DynamicCache", title_justify="left")
+    names = ("context", "batch", "cache", "step ms", "speedup", "quartiles", "limit", "first token")
+    for name in (*names, "cache bytes"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        first = row["first_token_ms"]
+        table.add_row(
+            f"{row['context']:,}",
+            str(row["batch"]),
+            row["name"],
+            f"{row['step_ms']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}",
+            f"{row['limit']:.2f}",
+            "" if first is None else f"{first:.0f} ms",
+            f"{row['cache_bytes']:,}",
+        )
+    return table
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """Full and compressed cache of a plan, side by side."""
+    title = (
+        f"{plan['model_type']}, {plan['parameters']:,} parameters, "
+        f"{plan['weight_bytes']:,} bytes of {plan['dtype']} weights; "
+        f"{plan['batch']} × {plan['context']:,} tokens"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("", "full", f"{plan['budget']:.1%}"):
+        table.add_column(name, justify="right")
+    for name, value in plan["full"].items():
+        pair = (value, plan["compressed"][name])
+        table.add_row(name.replace("_", " "), *("" if x is None else _number(x) for x in pair))
+    return table
+
+
+def facts(title: str, values: dict[str, Any]) -> Table:
+    """Names and values, a line each."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        table.add_row(name, _number(value))
+    return table
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
 def print_json(data: Any) -> None:
     """Machine-readable output: NaN, which JSON lacks, becomes null."""
     print(json.dumps(_without_nan(data), indent=1))

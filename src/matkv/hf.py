@@ -158,11 +158,18 @@ def _identity(name: str) -> str:
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    found = getattr(torch, dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else as_dtype(dtype)
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """A floating-point dtype by its name.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"dtype {dtype!r} must be auto, float32, bfloat16 or float16")
+        raise ModelError(f"dtype {name!r} must be auto, float32, bfloat16 or float16")
     return found
 
 

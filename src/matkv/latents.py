@@ -134,14 +134,16 @@ class LayerProjection(nn.Module):
 
     def leave(self, out_BGXD: Tensor, queries: int) -> Tensor:
         """Inverse of `enter`.  [-> BHQD]"""
-        return self.unsort(out_BGXD).unflatten(2, (-1, queries)).flatten(1, 2)
+        out_BHQD: Tensor = self.unsort(out_BGXD).unflatten(2, (-1, queries)).flatten(1, 2)
+        return out_BHQD
 
 
 def per_head(x_BGXY: Tensor, map_GYZ: Tensor) -> Tensor:
     """Every head times its own matrix, as one batched product.  [BGXY, GYZ -> BGXZ]"""
     B, G, X, Y = x_BGXY.shape
     x_GXY = x_BGXY.transpose(0, 1).reshape(G, B * X, Y)
-    return torch.bmm(x_GXY, map_GYZ).unflatten(1, (B, X)).transpose(0, 1)
+    out_BGXZ: Tensor = torch.bmm(x_GXY, map_GYZ).unflatten(1, (B, X)).transpose(0, 1)
+    return out_BGXZ
 
 
 def _picked(maps: Maps, order: list[int]) -> Maps:
