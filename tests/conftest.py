@@ -17,12 +17,18 @@ import matkv
 from tiny import FAMILIES, RELATED, Tiny, tiny
 
 
+def _give_back(subject: Tiny) -> None:
+    """Leave a shared model as it was: training freezes its weights."""
+    matkv.detach(subject.model)
+    subject.model.requires_grad_(True)
+
+
 @pytest.fixture(params=FAMILIES)
 def any_family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
     """A tiny model of each family in turn."""
     subject = tiny(request.param)
     yield subject
-    matkv.detach(subject.model)
+    _give_back(subject)
 
 
 @pytest.fixture(params=[name for name in FAMILIES if name not in RELATED])
@@ -30,14 +36,14 @@ def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
     """A tiny model of each family that differs from the others."""
     subject = tiny(request.param)
     yield subject
-    matkv.detach(subject.model)
+    _give_back(subject)
 
 
 @pytest.fixture
 def llama() -> Iterator[Tiny]:
     subject = tiny("llama")
     yield subject
-    matkv.detach(subject.model)
+    _give_back(subject)
 
 
 @pytest.fixture
@@ -45,4 +51,4 @@ def gemma3() -> Iterator[Tiny]:
     """Sliding and growing layers in turn."""
     subject = tiny("gemma3")
     yield subject
-    matkv.detach(subject.model)
+    _give_back(subject)

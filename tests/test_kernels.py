@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matkv import attention
+from matkv import attention, hf
 from matkv.attention import Latents, attend, attend_explicit
 from matkv.cache import LatentLayer
 from matkv.kernels import cpu
@@ -197,3 +197,13 @@ def test_gradients_take_the_differentiable_path() -> None:
     with mock.patch.object(cpu, "flash", side_effect=AssertionError):
         attend(latents, query, None, scaling=SCALING).sum().backward()
     assert query.grad is not None
+
+
+def test_the_fast_path_generates_the_tokens_of_the_reference(
+    family: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family.attach(ranks=family.ragged(1))
+    ids, mask = left_padded([tokens(1, 14), tokens(1, 6, seed=1)])
+    fast = greedy(family.model, ids, new=12, attention_mask=mask)
+    monkeypatch.setattr(hf, "attend", attend_explicit)
+    assert torch.equal(greedy(family.model, ids, new=12, attention_mask=mask), fast)

@@ -132,7 +132,11 @@ def benchmark_command(
         threads=threads,
     )
     if random_weights is not None:
-        model = random_model(load_config(random_weights, trust_remote_code=trust_remote_code))
+        model = random_model(
+            load_config(random_weights, trust_remote_code=trust_remote_code),
+            torch.bfloat16 if dtype == "auto" else as_dtype(dtype),
+            device=device or "cpu",
+        )
         artifact = calibrate(model, [torch.arange(64)[None]])
     elif run is not None:
         artifact, model, _ = open_run(run, model_name, dtype, device, trust_remote_code)
