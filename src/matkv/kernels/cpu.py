@@ -6,7 +6,6 @@ S split of the context, C row columns, M view columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -51,11 +50,11 @@ def decode(
 def _decode_split(
     query_BNXM: Tensor, rows_BNTC: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """One bucket, in as many parts as it takes to give every thread the same work."""
+    """One bucket, in parts where it has fewer sequences and heads than there are threads."""
     B, N, X, M = query_BNXM.shape
     tokens = rows_BNTC.shape[2]
     threads = _threads()
-    splits = min(threads // math.gcd(threads, B * N), tokens // MIN_SPLIT)
+    splits = min(threads // (B * N), tokens // MIN_SPLIT)
     if splits < 2:
         return _flash(query_BNXM, rows_BNTC, mask, scaling)[0]
     # Sequences and heads become one axis, so that the parts of a context are a view of its rows.
