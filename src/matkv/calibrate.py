@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from matkv import moments
 from matkv.artifact import Artifact, SideBases
 from matkv.errors import DataError, RankError, UnsupportedModelError
-from matkv.hf import attention_modules, fingerprint, geometry_of, handled
+from matkv.hf import attention_modules, fingerprint, geometry_of, handled, output_projection
 from matkv.moments import KEY_BASES, VALUE_BASES, KeyBasis, LayerMoments, ValueBasis
 from matkv.ranks import LayerShape
 
@@ -210,16 +210,6 @@ class _Recorder:
 
 def _output_moment(module: nn.Module, shape: LayerShape) -> Tensor:
     """Σ W W^T over the query heads of each KV head, W [D M] a head's output projection.  [GDD]"""
-    for name in ("o_proj", "dense", "out_proj"):
-        projection = getattr(module, name, None)
-        if isinstance(projection, nn.Linear):
-            weight_GXD = (
-                projection.weight.detach()
-                .float()
-                .cpu()
-                .T.unflatten(0, (shape.kv_heads, -1, shape.head_dim))
-            )
-            return torch.einsum("gjdm,gjem->gde", weight_GXD, weight_GXD)
-    raise UnsupportedModelError(
-        f"{type(module).__name__} has no linear output projection named o_proj, dense or out_proj"
-    )
+    weight_XM = output_projection(module).weight.detach().float().cpu().T
+    weight_GJDM = weight_XM.unflatten(0, (shape.kv_heads, -1, shape.head_dim))
+    return torch.einsum("gjdm,gjem->gde", weight_GJDM, weight_GJDM)

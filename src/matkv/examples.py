@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from matkv.chat import IGNORED
 from matkv.errors import DataError
 from matkv.schedule import Schedule
-
-IGNORED = -100  # a label that does not count, as everywhere in transformers
 
 # Windows of text [NT], or sequences of any length as {"input_ids": [T], "labels": [T]}.
 Examples = Tensor | Sequence[Mapping[str, Tensor]]

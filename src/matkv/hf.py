@@ -248,7 +248,7 @@ def output_projection(module: nn.Module) -> nn.Linear:
         if isinstance(projection, nn.Linear):
             return projection
     raise UnsupportedModelError(
-        f"{type(module).__name__} has no output projection named o_proj, dense or out_proj"
+        f"{type(module).__name__} has no linear output projection named o_proj, dense or out_proj"
     )
 
 

@@ -20,8 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from matkv.adapters import Adapters
 from matkv.artifact import Artifact
+from matkv.chat import IGNORED
 from matkv.errors import UnsupportedModelError
-from matkv.examples import IGNORED
 from matkv.hf import handled
 from matkv.latents import Projected
 from matkv.losses import LossWeights, chunk_size, distillation_loss
