@@ -20,7 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "errors progress lora timing",
         "ranks schedule projection data losses plots search_state chat",
         "default_model moments latents search artifact examples heatmap recipe",
-        "kernels divergence checkpoints",
+        "kernels divergence checkpoints results",
         "attention sensitivity verify",
         "cache rank_search",
         "static_cache",
