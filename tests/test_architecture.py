@@ -17,7 +17,7 @@ PACKAGE = Path(matkv.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
-        "errors progress lora timing",
+        "errors progress lora timing window",
         "ranks schedule projection data losses plots search_state chat",
         "default_model moments latents search artifact examples heatmap recipe",
         "kernels divergence checkpoints results",
@@ -29,7 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "student console vllm_plugin benchmark_plots",
         "local training options",
         "distill",
-        "demo commands_make commands_measure commands_use",
+        "demo commands_evaluate commands_make commands_measure commands_use",
         "cli __init__",
         "__main__",
     )

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from transformers.utils import logging as transformers_logging
 
-from matkv import commands_make, commands_measure, commands_use, console
+from matkv import commands_evaluate, commands_make, commands_measure, commands_use, console
 from matkv.demo import demo
 from matkv.errors import MatkvError
 from matkv.options import JsonOpt
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": commands_make.calibrate_command,
     "distill": commands_make.distill_command,
     "allocate": commands_make.allocate_command,
-    "evaluate": commands_measure.evaluate_command,
+    "evaluate": commands_evaluate.evaluate_command,
     "benchmark": commands_measure.benchmark_command,
     "plan": commands_measure.plan_command,
     "generate": commands_use.generate_command,
