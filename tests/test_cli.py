@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from matkv import cli, commands_make, commands_use
 from matkv.artifact import Artifact
-from tiny import seeded
+from tiny import save_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -23,27 +21,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory, a text file and a calibrated run."""
     home = tmp_path_factory.mktemp("cli")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<eos>": 0, **{letter: index for index, letter in enumerate(alphabet, start=1)}}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    fast.save_pretrained(home / "model")
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    with seeded(0):
-        LlamaForCausalLM(config).save_pretrained(home / "model")
+    save_model(home / "model")
     (home / "text.txt").write_text(TEXT)
     return home
 

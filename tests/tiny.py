@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 import matkv
 from matkv.artifact import Artifact
@@ -115,6 +117,31 @@ def tiny(name: str) -> Tiny:
     """The model of a family that all tests share; they must leave it as it was."""
     model = build(name)
     return Tiny(model, matkv.calibrate(model, [tokens(4, 48, seed=7)]))
+
+
+def save_model(directory: Path) -> None:
+    """A tiny Llama with a tokenizer of bytes and a chat template, as a model directory."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0, **{letter: index for index, letter in enumerate(alphabet, start=1)}}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    fast.save_pretrained(directory)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    with seeded(0):
+        transformers.LlamaForCausalLM(config).save_pretrained(directory)
 
 
 @contextmanager
