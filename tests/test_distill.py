@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from matkv.progress import Progress
 from matkv.projection import PARAMETRIZATIONS, Parametrization
 from matkv.ranks import SIDES
 from matkv.schedule import uniform_rungs
-from matkv.student import Bases, Student, rank_axes
+from matkv.student import Bases, Student, rank_axes, sizes_of
 from tiny import Tiny
 
 
@@ -183,6 +184,48 @@ def test_probes_report_the_loss_at_three_budgets(llama: Tiny) -> None:
     probes = reports[-1].probes
     assert list(probes) == [0.75, 0.5, 0.25]
     assert 0 < probes[0.75] < probes[0.5] < probes[0.25]
+
+
+def test_the_curve_of_probes_survives_a_kill(llama: Tiny, tmp_path: Path) -> None:
+    config = quick(probe_every=2, probe_budgets=(1.0, 0.5))
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 5:
+            raise RuntimeError("killed")
+
+    train = (llama.model, llama.artifact, text(), config)
+    with pytest.raises(RuntimeError, match="killed"):
+        distill(*train, held_out=text(2), checkpoints=tmp_path, on_progress=kill)
+    made = distill(*train, held_out=text(2), checkpoints=tmp_path, resume=True)
+    curve = made.history[-1]["stages"]["end-to-end"]["curve"]
+    assert [point["step"] for point in curve] == [2, 4, 6]
+    assert [point["tokens"] for point in curve] == [128, 256, 384]
+    assert all(point["probes"]["1"] < point["probes"]["0.5"] for point in curve)
+
+
+def test_adaptive_rungs_are_the_stored_tables_and_stay(llama: Tiny) -> None:
+    artifact = replace(llama.artifact, tables={0.5: llama.ragged()})
+    settings: dict[str, Any] = {"schedule": "cycle", "adaptive": True, "rungs": (0.5,)}
+    made = distill(llama.model, artifact, text(), quick(**settings))
+    assert made.tables == artifact.tables
+    assert made.history[-1]["schedule"]["rungs"] == [list(sizes_of(llama.ragged()))]
+    settings["adaptive"] = False
+    assert not distill(llama.model, artifact, text(), quick(**settings)).tables
+    with pytest.raises(TrainingError, match=r"no rank table for budgets 0\.25: run matkv allocate"):
+        distill(llama.model, artifact, text(), quick(**settings | RUNGS))
+
+
+RUNGS: dict[str, Any] = {"adaptive": True, "rungs": (0.5, 0.25)}
+
+
+def test_a_window_is_trained_with_and_stored(llama: Tiny) -> None:
+    plain, exact = (
+        distill(llama.model, llama.artifact, text(), quick(window=window)) for window in (None, 4)
+    )
+    assert (plain.window, exact.window) == (0, 4)
+    assert not same_bases(plain, exact)
+    again = distill(llama.model, replace(llama.artifact, window=4), text(), quick())
+    assert same_bases(again, exact)
 
 
 def test_adapters_learn_with_the_bases_and_are_merged_at_attach(

@@ -282,6 +282,8 @@ class _Search:
         for name in ("budgets", "max_kl", "max_perplexity_increase", "held_out_tokens", "batched"):
             del settings[name]
         digest = hashlib.sha256(json.dumps(settings).encode())
+        for projection in self.gated.values():
+            digest.update(str(projection.window).encode())
         tensors = [piece.ids_BT for text in self.texts for piece in text.pieces]
         for projection in self.gated.values():
             for maps in (projection.key_maps, projection.value_maps):
@@ -303,7 +305,7 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     for layer in artifact.geometry.growing:
         device = next(modules[layer].parameters()).device
         key, value = (_moved(artifact.maps(layer, side), device, model.dtype) for side in SIDES)
-        gated[layer] = GatedProjection(key, value)
+        gated[layer] = GatedProjection(key, value, window=artifact.window)
     return gated
 
 

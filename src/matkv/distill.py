@@ -32,8 +32,8 @@ from matkv.progress import Interrupt, OnProgress
 from matkv.projection import Maps
 from matkv.ranks import SIDES, Side
 from matkv.recipe import DistillConfig
-from matkv.schedule import Axis, uniform_rungs
-from matkv.student import Bases, Student, rank_axes
+from matkv.schedule import Axis, Schedule, uniform_rungs
+from matkv.student import Bases, Student, rank_axes, sizes_of
 from matkv.training import (
     DistillTrainer,
     Probe,
@@ -61,7 +61,8 @@ def distill(
     are -100 where nothing is to be learned. The loss at three budgets is measured on the first of
     `held_out`. With a folder for `checkpoints`, `resume` goes on from the newest one, exactly;
     without `resume`, older ones there are removed. A first Ctrl-C ends the run after the step under
-    way and keeps what was learned. Rank tables that were found for the old bases are dropped.
+    way and keeps what was learned. Rank tables found for the old bases are dropped, unless
+    the rungs are these tables (`adaptive`).
 
     Raises:
         FingerprintError: the artifact was made for another model.
@@ -123,7 +124,9 @@ class _Run:
         config = self.config
         adapters = self._adapters()
         try:
-            student = Student(self.model, self.bases, config.loss_weights, adapters)
+            student = Student(
+                self.model, self.bases, config.loss_weights, adapters, window=self.window
+            )
             data = self._data(examples, config.batch_size, arguments.max_steps)
             trainer = DistillTrainer(student, data, config, arguments, self.done)
             spent = train_end_to_end(
@@ -148,13 +151,15 @@ class _Run:
             layer: {side: SideBases(sides[side], energy[layer, side]) for side in SIDES}
             for layer, sides in maps.items()
         }
-        made = replace(self.artifact, bases=bases, tables={}, lora=self.lora)
-        schedule = self.config.make_schedule(self._axes())
+        tables = self.artifact.tables if self.config.adaptive else {}
+        made = replace(
+            self.artifact, bases=bases, tables=tables, lora=self.lora, window=self.window
+        )
         return made.with_history(
             "distill",
             stages=self.done,
             interrupted=self.interrupt.requested,
-            schedule=schedule.to_json(),
+            schedule=self._schedule().to_json(),
             settings=self.config.to_json(),
         )
 
@@ -170,13 +175,21 @@ class _Run:
                 dropout=config.lora_dropout,
             )
 
+    @property
+    def window(self) -> int:
+        return self.artifact.window if self.config.window is None else self.config.window
+
     def _axes(self) -> tuple[Axis, ...]:
         return rank_axes(self.artifact.geometry, self.config.rank_step)
+
+    def _schedule(self) -> Schedule:
+        tables = {budget: sizes_of(table) for budget, table in self.artifact.tables.items()}
+        return self.config.make_schedule(self._axes(), tables)
 
     def _data(self, examples: Examples, batch_size: int, steps: int) -> TrainingSet:
         return TrainingSet(
             examples,
-            self.config.make_schedule(self._axes()),
+            self._schedule(),
             batch_size=batch_size,
             steps=steps,
             draw=self.config.draw,

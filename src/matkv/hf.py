@@ -49,6 +49,7 @@ from matkv.errors import CacheError, MatkvError, ModelError, RankError, Unsuppor
 from matkv.latents import GatedProjection, LayerProjection, Projected
 from matkv.ranks import Geometry, LayerShape, RankTable
 from matkv.static_cache import StaticLatentLayer
+from matkv.window import States, attend_near_exact
 
 NAME = "matkv"
 PREPARE = "_prepare_cache_for_generation"
@@ -296,18 +297,30 @@ def attention_forward(
         return out_BHQD.transpose(1, 2).contiguous(), None
     if isinstance(key, Latents) or isinstance(value, Latents):
         raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
+    exact = truncated = States(query, key, value)
     if isinstance(handler, GatedProjection):
-        query, key, value = handler.enter(query, key, value)
+        truncated = States(*handler.enter(query, key, value))
     elif isinstance(handler, Projected):
-        key, value = handler(key, value)
+        truncated = States(query, *handler(key, value))
     elif handler is not None:
         handler(query, key, value)
+    leave = handler.leave if isinstance(handler, GatedProjection) else _as_it_is
+    window = 0 if truncated is exact else getattr(handler, "window", 0)
+    if window:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        near_BHQD, far_BHQD = attend_near_exact(
+            exact, truncated, attention_mask, window=window, scaling=scaling, dropout=dropout
+        )
+        return (near_BHQD + leave(far_BHQD)).transpose(1, 2).contiguous(), None
+    states = (truncated.query_BHQD, truncated.key_BGTD, truncated.value_BGTD)
     out_BQHD, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
+        module, *states, attention_mask, dropout=dropout, scaling=scaling
     )
-    if isinstance(handler, GatedProjection):
-        out_BQHD = handler.leave(out_BQHD.transpose(1, 2)).transpose(1, 2).contiguous()
-    return out_BQHD, None
+    return leave(out_BQHD.transpose(1, 2)).transpose(1, 2).contiguous(), None
+
+
+def _as_it_is(out_BHQD: Tensor) -> Tensor:
+    return out_BHQD
 
 
 def _latents(projection: LayerProjection, key: Tensor, value: Tensor | Latents) -> Latents:

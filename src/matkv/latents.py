@@ -194,12 +194,13 @@ class GatedProjection(nn.Module):
     gradients reach bases and gates. With the gates of a rank table, attention on what `enter` makes
     equals `LayerProjection` at that table.
 
-    `key_gate` and `value_gate` are [GD], or [BGD] for one table a sequence.
+    `key_gate` and `value_gate` are [GD], or [BGD] for one table a sequence. The `window`
+    tokens before a query are exact, whatever the gates.
     """
 
-    def __init__(self, key: Maps, value: Maps) -> None:
+    def __init__(self, key: Maps, value: Maps, *, window: int = 0) -> None:
         super().__init__()
-        self.key_maps, self.value_maps = key, value
+        self.key_maps, self.value_maps, self.window = key, value, window
         heads, dim = key.encode_GDD.shape[:2]
         self.key_gate = self.value_gate = torch.ones(heads, dim, device=key.encode_GDD.device)
 
@@ -231,11 +232,15 @@ class Projected:
     """One layer's keys and values multiplied by square matrices, [GDD] or one a sequence [BGDD].
 
     With encode diag(gate) decode^T, attention on them equals attention on latents, and queries and
-    outputs need no work. None leaves a side as it is.
+    outputs need no work. None leaves a side as it is. The `window`
+    tokens before a query are exact.
     """
 
     key: Tensor | None = None
     value: Tensor | None = None
+
+    def __init__(self, window: int = 0) -> None:
+        self.window = window
 
     def __call__(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         if self.key is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -35,6 +35,17 @@ class Progress:
         return self.tokens / max(self.seconds, 1e-9)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """The loss of a step, and the loss on held-out text by budget after it."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    probes: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Spent:
     """What a finished stage has used, the earlier parts of a resumed one counted in."""
@@ -42,10 +53,12 @@ class Spent:
     steps: int
     tokens: int
     seconds: float
+    curve: tuple[CurvePoint, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         minutes = round(self.seconds / 60, 2)
-        return {"steps": self.steps, "tokens": self.tokens, "minutes": minutes}
+        spent = {"steps": self.steps, "tokens": self.tokens, "minutes": minutes}
+        return spent | {"curve": [asdict(point) for point in self.curve]} if self.curve else spent
 
 
 OnProgress = Callable[[Progress], None]

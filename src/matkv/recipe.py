@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +12,16 @@ from matkv.errors import TrainingError
 from matkv.losses import LossWeights
 from matkv.projection import PARAMETRIZATIONS, Parametrization
 from matkv.ranks import check_budget
-from matkv.schedule import Axis, Cycle, Independent, Ladder, Sandwich, Schedule, uniform_rungs
+from matkv.schedule import (
+    Axis,
+    Cycle,
+    Independent,
+    Ladder,
+    Sandwich,
+    Schedule,
+    Sizes,
+    uniform_rungs,
+)
 
 Objective = Literal["local", "end-to-end", "both"]
 ScheduleName = Literal["independent", "ladder", "cycle", "sandwich"]
@@ -28,7 +38,15 @@ POSITIVE = (
     *("local_steps", "local_batch_size", "local_reuse", "local_lr"),
     *("checkpoint_every", "probe_every"),
 )
-NOT_NEGATIVE = ("random", "warmup_steps", "max_grad_norm", "lora_rank", "lora_dropout", "seed")
+NOT_NEGATIVE = (
+    "window",
+    "random",
+    "warmup_steps",
+    "max_grad_norm",
+    "lora_rank",
+    "lora_dropout",
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +58,12 @@ class DistillConfig:
 
     Which ranks: `schedule` over multiples of `rank_step` (an eighth of the head dim unless given),
     drawn for every `sequence` or once for all sequences of a `step`; `rungs` are the budgets of a
-    ladder or cycle, `random` the independent draws of a sandwich.
+    ladder or cycle, `random` the independent draws of a sandwich. With `adaptive` the rungs are the
+    rank tables that the artifact stores for these budgets, and it keeps them; else equal ranks
+    everywhere, and the tables found for the old bases are dropped.
+
+    `window` tokens stay exact behind every query, as many as the artifact says unless given; the
+    new artifact then says the same.
 
     Stages: `objective` "local" fits every layer's attention output by itself, "end-to-end" the
     model's output, "both" one after the other. The local stage takes `local_steps` of
@@ -63,9 +86,11 @@ class DistillConfig:
     parametrization: Parametrization = "cayley"
     schedule: ScheduleName = "independent"
     rungs: tuple[float, ...] = (0.25, 0.375, 0.5, 0.75)
+    adaptive: bool = False
     random: int = 1
     rank_step: int | None = None
     draw: Draw = "sequence"
+    window: int | None = None
 
     steps: int | None = None
     tokens: int | None = None
@@ -111,13 +136,15 @@ class DistillConfig:
                 raise TrainingError(f"{name} {value} must be above 0")
         for name in NOT_NEGATIVE:
             value = getattr(self, name)
-            if value < 0:
+            if value is not None and value < 0:
                 raise TrainingError(f"{name} {value} must be 0 or more")
         if self.batch_size % (self.micro_batch_size or 1):
             raise TrainingError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size "
                 f"{self.micro_batch_size}"
             )
+        if self.adaptive and self.schedule not in ("ladder", "cycle"):
+            raise TrainingError(f"adaptive needs a ladder or a cycle, not {self.schedule}")
         if self.trains_end_to_end and (self.steps, self.tokens, self.minutes) == (None,) * 3:
             raise TrainingError(f"objective {self.objective} needs steps, tokens or minutes")
         self.loss_weights  # noqa: B018  checks them
@@ -142,13 +169,27 @@ class DistillConfig:
             limits.append(max(1, self.tokens // (self.batch_size * self.sequence_length)))
         return min(limits, default=None)
 
-    def make_schedule(self, axes: tuple[Axis, ...]) -> Schedule:
-        """The schedule that the settings name."""
+    def make_schedule(
+        self, axes: tuple[Axis, ...], tables: Mapping[float, Sizes] | None = None
+    ) -> Schedule:
+        """The schedule that the settings name; `tables` are the rank tables that `adaptive` takes.
+
+        Raises:
+            TrainingError: there is no table for a rung.
+        """
         if self.schedule == "independent":
             return Independent(axes)
         if self.schedule == "sandwich":
             return Sandwich(axes, self.random)
         rungs = uniform_rungs(axes, self.rungs)
+        if self.adaptive:
+            missing = [f"{budget:g}" for budget in self.rungs if budget not in (tables or {})]
+            if missing:
+                raise TrainingError(
+                    f"no rank table for budgets {', '.join(missing)}: run matkv allocate first, or "
+                    "leave adaptive out"
+                )
+            rungs = tuple((tables or {})[budget] for budget in self.rungs)
         return Ladder(axes, rungs) if self.schedule == "ladder" else Cycle(axes, rungs)
 
     def to_json(self) -> dict[str, Any]:

@@ -25,13 +25,14 @@ from transformers.utils.import_utils import is_accelerate_available
 from matkv.checkpoints import check_same_run, like, own_randomness, whole
 from matkv.errors import TrainingError
 from matkv.examples import TrainingSet, collate
-from matkv.progress import Interrupt, OnProgress, Progress, Spent
+from matkv.progress import CurvePoint, Interrupt, OnProgress, Progress, Spent
 from matkv.projection import ADAM_EPSILON
 from matkv.recipe import DistillConfig
 from matkv.schedule import Sizes
 from matkv.student import Student
 
 LEARNED, RUN = "learned.safetensors", "run.json"
+LOSS_AT = "loss at "  # a budget follows: how probes are logged
 UNLIMITED = 1_000_000  # steps of a run that only the clock ends
 
 
@@ -217,8 +218,10 @@ class Watch(TrainerCallback):
         probes: dict[float, float] = {}
         if self.probe is not None and step % trainer.config.probe_every == 0:
             probes = self.probe.measure(trainer.student)
-            trainer.log({f"loss at {budget:g}": loss for budget, loss in probes.items()})
         loss, trainer.step_loss = trainer.step_loss, 0.0
+        if probes:
+            at = {f"{LOSS_AT}{budget:g}": value for budget, value in probes.items()}
+            trainer.log({"tokens": self.tokens, "seconds": trainer.seconds, "step_loss": loss} | at)
         if self.on_progress is None or not state.is_world_process_zero:
             return
         seconds = trainer.seconds
@@ -273,7 +276,23 @@ def train_end_to_end(
     trainer.add_callback(watch)
     with trainer.student.attending(), own_randomness(trainer.config.seed):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    return Spent(trainer.state.global_step, watch.tokens, trainer.seconds)
+    curve = tuple(_point(entry) for entry in trainer.state.log_history if "step_loss" in entry)
+    return Spent(trainer.state.global_step, watch.tokens, trainer.seconds, curve)
+
+
+def _point(entry: dict[str, Any]) -> CurvePoint:
+    """A logged probe; the Trainer's checkpoints keep the log, so a resumed run has all of them."""
+    return CurvePoint(
+        step=int(entry["step"]),
+        tokens=int(entry["tokens"]),
+        seconds=round(entry["seconds"], 1),
+        loss=entry["step_loss"],
+        probes={
+            name.removeprefix(LOSS_AT): value
+            for name, value in entry.items()
+            if name.startswith(LOSS_AT)
+        },
+    )
 
 
 def largest(value: float, device: torch.device) -> float:
