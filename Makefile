@@ -4,6 +4,7 @@
 #   make test        lint, types and the offline tests, newest supported transformers
 #   make test-min    the same tests on the oldest supported transformers
 #   make test-slow   the tests plus those that use the real default model
+#   make docs        docs/cli.md from the help of every command
 #
 # Another interpreter (3.11 to 3.13): make test PYTHON=python3.12
 
@@ -16,10 +17,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-slow lint clean
+.PHONY: help demo test test-min test-slow docs lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 demo: $(VENV)/.stamp
 	$(VENV)/bin/matkv demo
@@ -32,6 +33,9 @@ test-min: $(VENV_MIN)/.stamp
 
 test-slow: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -m "not gpu and not network"
+
+docs: $(VENV)/.stamp
+	$(VENV)/bin/python docs/cli.py
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check
