@@ -18,15 +18,16 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
         "errors progress lora timing window",
-        "ranks schedule projection data losses plots search_state chat",
-        "default_model moments latents search artifact examples heatmap recipe",
+        "task_files task_scores ranks schedule projection data losses plots search_state chat",
+        "default_model moments latents search artifact examples heatmap recipe haystack",
         "kernels divergence checkpoints results",
-        "attention sensitivity verify",
+        "attention sensitivity verify store",
         "cache rank_search",
         "static_cache",
         "hf",
-        "calibrate allocate evaluate benchmark benchmark_attention report plan adapters",
-        "student console vllm_plugin benchmark_plots",
+        "calibrate allocate evaluate benchmark benchmark_attention report plan adapters "
+        "long_context",
+        "student tasks console vllm_plugin benchmark_plots",
         "local training options",
         "distill",
         "demo commands_evaluate commands_make commands_measure commands_use",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from matkv.errors import TrainingError
@@ -159,3 +160,10 @@ def _cross_entropy(logits_CV: Tensor, label_C: Tensor) -> tuple[Tensor, Tensor]:
     loss = -log_CV.gather(1, label_C[:, None]).sum()
     grad_CV = log_CV.exp_()
     return loss, grad_CV.scatter_add_(1, label_C[:, None], -torch.ones_like(grad_CV[:, :1]))
+
+
+def token_losses(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Every token's cross-entropy in fp32, made from a chunk of logits at a time.  [N]"""
+    chunk = max(1, CHUNK_ELEMENTS // logits_NV.shape[1])
+    pairs = zip(logits_NV.split(chunk), target_N.split(chunk), strict=True)
+    return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in pairs])
