@@ -24,8 +24,8 @@ from rich.text import Text
 from matkv import allocate as search
 from matkv import progress as training
 from matkv.artifact import Artifact
-from matkv.evaluate import Row
 from matkv.ranks import SIDES
+from matkv.task_scores import AVERAGE
 
 # Results go to standard output, progress and notes to standard error: --json can be piped.
 out = Console(highlight=False)
@@ -86,6 +86,15 @@ def search_progress() -> Iterator[Callable[[search.Progress], None]]:
         yield lambda at: status.update(
             f"round {at.rounds} · budget {at.budget:.1%} · KL {at.kl:.3f} · "
             f"{_clock(at.seconds_left)} left"
+        )
+
+
+@contextmanager
+def task_progress() -> Iterator[Callable[[str, float | None, int, int], None]]:
+    """A line that follows the scoring of tasks: task, budget, requests answered of how many."""
+    with err.status("tasks: getting ready") as status:
+        yield lambda task, budget, done, total: status.update(
+            f"{task} · {_budget(budget)} · {done}/{total} requests"
         )
 
 
@@ -178,21 +187,59 @@ def _without_nan(data: Any) -> Any:
     return data
 
 
-def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
+def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Budgets with bytes a token and perplexity, against the full cache where it was measured."""
     table = Table(title=title, title_justify="left")
     for name in ("budget", "kept", "bytes/token", "perplexity", "× full"):
         table.add_column(name, justify="right")
-    full = next((row.perplexity for row in rows if row.budget is None), None)
+    full = next((row["perplexity"] for row in rows if row["budget"] is None), None)
     for row in rows:
         table.add_row(
-            "full cache" if row.budget is None else f"{row.budget:.1%}",
-            f"{row.kept:.1%}",
-            f"{row.bytes_per_token:,}",
-            f"{row.perplexity:.2f}",
-            "" if full is None else f"{row.perplexity / full:.3f}",
+            _budget(row["budget"]),
+            f"{row['kept']:.1%}",
+            f"{row['bytes_per_token']:,}",
+            f"{row['perplexity']:.2f}",
+            "" if full is None else f"{row['perplexity'] / full:.3f}",
         )
     return table
+
+
+def tasks_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Accuracy in percent, a line for each budget and a column for each task, as papers have it.
+
+    `rows` are those of `task_scores.summarize`; behind ± stands one standard error.
+    """
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    found = {(row["budget"], row["task"]): row for row in rows}
+    table = Table(title=title, title_justify="left")
+    for name in ("budget", *names, "− full", "retention", "above chance"):
+        table.add_column(name, justify="right")
+    for budget in budgets:
+        average = found[budget, AVERAGE]
+        table.add_row(
+            _budget(budget),
+            *(_percent(found[budget, name], "acc", "stderr") for name in names),
+            _percent(average, "difference", "difference_stderr", sign="+"),
+            _share(average["retention"]),
+            _share(average["retention_above_chance"]),
+        )
+    return table
+
+
+def _budget(budget: float | None) -> str:
+    return "full cache" if budget is None else f"{budget:.1%}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _percent(row: dict[str, Any], value: str, error: str, sign: str = "") -> str:
+    if row[value] is None:
+        return ""
+    spread = "" if row[error] is None else f" ± {100 * row[error]:.1f}"
+    return f"{100 * row[value]:{sign}.1f}{spread}"
 
 
 def energy_picture(artifact: Artifact, blocks: int = 16) -> Table:

@@ -1,14 +1,19 @@
 """Evaluate: perplexity and bytes of the full cache and of every budget, side by side.
 
+`evaluate` measures; `perplexity_rows` also keeps what was measured in a run's results, and does not
+measure it again.
+
 Shapes: N windows, B batch, T token, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from matkv import results
 from matkv.artifact import Artifact
 from matkv.cache import new_cache
 from matkv.errors import DataError
@@ -24,6 +30,22 @@ from matkv.ranks import RankTable
 
 # Logits of at most this many elements are turned to fp32 at once (256 MiB).
 MAX_LOGITS = 1 << 26
+
+KIND = "perplexity"
+# What a kept row depends on: equal values of all, and it need not be measured again.
+KEYS = (
+    "artifact",
+    "ranks",
+    "budget",
+    "uniform",
+    "text",
+    "data",
+    "window_tokens",
+    "tokens",
+    "sink",
+    "window",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +164,83 @@ def _row(
         tokens=tokens,
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """What `perplexity_rows` measures; `text` is the name that its rows bear.
+
+    `uniform`, `sink` and `window` as for `evaluate`; `again` measures what is already known.
+    """
+
+    text: str
+    uniform: bool = False
+    sink: int | None = None
+    window: int | None = None
+    again: bool = False
+
+
+def perplexity_rows(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    windows_NT: Tensor,
+    budgets: Sequence[float | None],
+    config: TextConfig,
+    *,
+    run: Path,
+    on_progress: Callable[[float | None, int], None] | None = None,
+) -> list[results.Record]:
+    """A record of perplexity for every budget, None being the full cache, kept in `run`.
+
+    Raises:
+        FingerprintError, BudgetError, DataError, ArtifactError: see `evaluate` and `save_rows`.
+    """
+    known = {} if config.again else {_key(row): row for row in results.load_rows(run, KIND)}
+    shared = {
+        "artifact": results.digest(artifact),
+        "text": config.text,
+        "data": hashlib.sha256(windows_NT.cpu().numpy().tobytes()).hexdigest()[:12],
+        "window_tokens": windows_NT.shape[1],
+        "tokens": windows_NT.shape[0] * (windows_NT.shape[1] - 1),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    records = []
+    for budget in budgets:
+        about = shared | _about(artifact, budget, config)
+        record = known.get(_key(about))
+        if record is None:
+            row = evaluate(
+                model,
+                artifact,
+                windows_NT,
+                [] if budget is None else [budget],
+                uniform=config.uniform,
+                sink=config.sink,
+                window=config.window,
+                full_cache=budget is None,
+                on_progress=on_progress,
+            )[0]
+            record = about | row.to_json() | {"made": results.made()}
+            results.save_rows(run, KIND, [record], KEYS)
+        records.append(record)
+    return records
+
+
+def _about(artifact: Artifact, budget: float | None, config: TextConfig) -> results.Record:
+    """What depends on the budget of a record, before it is measured."""
+    if budget is None:
+        return {"budget": None, "ranks": None, "uniform": False, "sink": None, "window": None}
+    return {
+        "budget": budget,
+        "ranks": results.digest_of(artifact.table(budget, uniform=config.uniform)),
+        "uniform": config.uniform,
+        "sink": artifact.sink if config.sink is None else config.sink,
+        "window": artifact.window if config.window is None else config.window,
+    }
+
+
+def _key(record: results.Record) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in KEYS)
 
 
 @torch.inference_mode()

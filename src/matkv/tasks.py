@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ KEYS = (
     "artifact",
     "ranks",
     "budget",
+    "uniform",
     "task",
     "data",
     "limit",
@@ -153,6 +155,7 @@ def _about(
         "task": loaded.name,
         "data": loaded.data,
         "budget": budget,
+        "uniform": config.uniform and table is not None,
         "kept": 1.0 if table is None else table.budget,
         "limit": config.limit,
         "seed": config.seed,
@@ -209,7 +212,9 @@ def _score(
         "correct": right,
         "correct_norm": right_norm,
         "seconds": round(time.perf_counter() - started, 2),
-        "made": results.made(seed=config.seed, batch_size=config.batch_size),
+        "made": results.made(
+            seed=config.seed, batch_size=config.batch_size, lm_eval=version("lm-eval")
+        ),
     }
 
 
