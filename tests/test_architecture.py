@@ -26,7 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "static_cache",
         "hf",
         "calibrate allocate evaluate benchmark benchmark_attention report plan adapters "
-        "long_context",
+        "long_context lm_eval_model",
         "student tasks console vllm_plugin benchmark_plots",
         "local training options",
         "distill",
