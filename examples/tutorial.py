@@ -40,7 +40,9 @@ artifact.save(args.out)
 for name, one in (("calibrated", calibrated), ("distilled", artifact)):
     for row in evaluate(model, one, held_out, [0.75, 0.5], full_cache=one is calibrated):
         kept = "full cache" if row.budget is None else f"{row.budget:.1%} {name}"
-        print(f"{kept:>17}  {row.bytes_per_token:6,} bytes a token  perplexity {row.perplexity:.1f}")
+        print(
+            f"{kept:>17}  {row.bytes_per_token:6,} bytes a token  perplexity {row.perplexity:.1f}"
+        )
 
 # 6. Generate with three quarters of the cache. attach() is all it takes.
 artifact = matkv.Artifact.load(args.out)

@@ -1,0 +1,153 @@
+"""The pages are true: code runs, commands parse, links lead somewhere, formats are as described."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import matkv
+from matkv import data
+from matkv.artifact import Artifact
+from pages import (
+    GUIDE,
+    PAGES,
+    README,
+    RECIPES,
+    ROOT,
+    blocks,
+    commands,
+    links,
+    mentioned,
+    messages,
+    parse,
+    unknown_options,
+)
+from tiny import Tiny, save_model
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 240
+CHAT = {"prompt": "What is a fox?", "response": "A quick, brown animal that jumps."}
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory in which every model is a tiny one and the default text is short."""
+    save_model(tmp_path / "model")
+    (tmp_path / "chats.jsonl").write_text(json.dumps(CHAT) + "\n")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    model = matkv.load_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matkv, "load_model", lambda name, **options: model)
+    monkeypatch.setattr(data, "read_texts", lambda source, split: [TEXT])
+    # Tracing takes long; test_static_cache.py compiles a step for real.
+    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph: model)
+    return tmp_path
+
+
+def test_the_command_page_is_what_help_says() -> None:
+    render = runpy.run_path(str(ROOT / "docs" / "cli.py"))["render"]
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    if page != render():
+        pytest.fail("docs/cli.md is stale: run `make docs`, or `python docs/cli.py`, and commit it")
+
+
+def test_the_code_of_the_readme_runs(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(README, "python"):
+        exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+    assert "The lighthouse was built in" in capsys.readouterr().out
+
+
+def test_the_code_of_the_guide_runs_from_top_to_bottom(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[Path] = []
+
+    def upload_folder(*, repo_id: str, folder_path: str) -> None:
+        uploads.append(Path(folder_path))
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo_id, *, exist_ok: None)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(uploads[-1]))
+    names: dict[str, Any] = {"__name__": "guide"}
+    for number, block in enumerate(blocks(GUIDE, "python"), start=1):
+        exec(compile(block, f"{GUIDE}, block {number}", "exec"), names)
+    assert Artifact.load(uploads[-1]).history[-1]["stage"] == "allocate"
+
+
+@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
+def test_commands_can_be_typed_as_they_stand(page: Path) -> None:
+    found = [words for block in blocks(page, "sh") for words in commands(block)]
+    assert found
+    for words in found:
+        parse(words)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
+def test_commands_and_links_exist(page: Path) -> None:
+    for words in mentioned(page):
+        assert not unknown_options(words), f"{page.name}: matkv {' '.join(words)}"
+    for target in links(page):
+        assert target.exists(), f"{page.name} links to {target}"
+
+
+def test_every_recipe_that_is_named_exists() -> None:
+    named = set(re.findall(r"recipes/[\w.-]+\.toml", "".join(p.read_text() for p in PAGES)))
+    assert named
+    assert all((ROOT / recipe).is_file() for recipe in named)
+
+
+def test_the_errors_that_the_guide_explains_are_raised_somewhere() -> None:
+    section = GUIDE.read_text(encoding="utf-8").partition("## When something is refused")[2]
+    explained = re.findall(r"(?m)^\| `([^`]+)`", section)
+    said = messages()
+    assert len(explained) > 10
+    for message in explained:
+        for part in re.split("…", message):
+            assert part.strip() in said, message
+
+
+def test_the_artifact_page_lists_the_fields_that_are_saved(llama: Tiny, tmp_path: Path) -> None:
+    saved = llama.artifact.save(tmp_path / "run")
+    page = (ROOT / "docs" / "artifact.md").read_text(encoding="utf-8")
+    section = page.partition("## config.json")[2].partition("\n## ")[0]
+    documented = re.findall(r"(?m)^\| `(\w+)` \|", section)
+    assert documented == list(json.loads((saved / "config.json").read_text()))
+    patterns = [
+        re.escape(name).replace("<layer>", r"\d+").replace("<side>", "(key|value)")
+        for name in re.findall(r"(?m)^\| `(layers\.[^`]+)` \|", page)
+    ]
+    assert len(patterns) == 3
+    for name in load_file(saved / "bases.safetensors"):
+        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+
+
+def test_the_tutorial_runs(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tutorial.py", "--out", "runs/mine"])
+    runpy.run_path(str(ROOT / "examples" / "tutorial.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "full cache" in out
+    assert "bytes hold" in out
+    assert Artifact.load("runs/mine").history[-1]["stage"] == "distill"
+
+
+def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+
+    def ended() -> NoReturn:
+        called.append(True)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("matkv.cli.main", ended)
+    with pytest.raises(SystemExit):
+        runpy.run_module("matkv", run_name="__main__")
+    assert called
