@@ -192,3 +192,62 @@ def test_ctrl_c_ends_with_one_line(run: Path, folder: Path, tools: Call) -> None
     assert "interrupted" in err
     after = sorted((run / name).read_bytes() for name in ("config.json", "bases.safetensors"))
     assert before == after
+
+
+def test_long_contexts_as_json(run: Path, tools: Call) -> None:
+    asked = ["--budget", "0.5", "--long-context", "700", "--long-context", "650", "--samples", "1"]
+    code, out, err = call(*tools, "evaluate", str(run), *asked, "--seed", "3", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert {row["context"] for row in rows} == {650, 700}
+    assert [row["test"] for row in rows].count("multikey") == 2 * 2 * 3
+    assert {row["budget"] for row in rows} == {None, 0.5}
+    assert all((row["n"], row["seed"], row["chat"]) == (1, 3, True) for row in rows)
+    code, out, _ = call(*tools, "evaluate", str(run), *asked, "--seed", "3", "--json")
+    assert json.loads(out)["rows"] == rows  # the same down to when it was made
+    kept = json.loads((run / "results" / "needle.json").read_text())["rows"]
+    assert [row for row in kept if row["seed"] == 3] == rows
+
+
+def test_long_contexts_as_a_table(run: Path, tools: Call) -> None:
+    asked = ["--budget", "0.5", "--long-context", "650", "--samples", "1", "--plain"]
+    code, out, err = call(*tools, "evaluate", str(run), *asked)
+    assert code == 0, err
+    assert "full cache" in out
+    assert "50.0%" in out
+    assert "multikey" in out
+    assert "perplexity" not in out
+
+
+def test_positions_as_a_table_and_as_json(run: Path, folder: Path, tools: Call) -> None:
+    text = ["--text", str(folder / "text.txt"), "--window", "96", "--tokens", "288"]
+    asked = ["evaluate", str(run), "--budget", "0.5", "--by-position", *text]
+    code, out, err = call(*tools, *asked)
+    assert code == 0, err
+    assert "0-63" in out
+    assert "64-95" in out
+    code, out, _ = call(*tools, *asked, "--json")
+    rows = json.loads(out)["rows"]
+    assert [(row["budget"], row["start"], row["end"]) for row in rows] == [
+        (None, 0, 64),
+        (None, 64, 96),
+        (0.5, 0, 64),
+        (0.5, 64, 96),
+    ]
+    assert rows[0]["text"] == "text.txt"
+    assert rows[0]["tokens"] == 3 * 63
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--long-context", "30"], "context of 30 tokens is too short"),
+        (["--long-context", "4000"], "the model has 2048: give a shorter one"),
+        (["--long-context", "700", "--samples", "0"], "'--samples'"),
+    ],
+)
+def test_bad_contexts_are_refused(run: Path, tools: Call, asked: list[str], message: str) -> None:
+    code, _, err = call(*tools, "evaluate", str(run), "--budget", "0.5", *asked)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""The command that evaluates an artifact: perplexity of a text, accuracy on tasks."""
+"""The command that evaluates an artifact: perplexity of a text, tasks, long contexts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import console, data
 from matkv.artifact import Artifact
+from matkv.commands_context import (
+    Opened,
+    measure_needles,
+    measure_positions,
+    needle_table,
+    positions_table,
+)
 from matkv.errors import MatkvError
 from matkv.evaluate import TextConfig, perplexity_rows
+from matkv.long_context import Caches
 from matkv.options import (
     DeviceOpt,
     DtypeOpt,
@@ -46,7 +54,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             help="default, a .txt or .jsonl file, a directory of .txt, or hub:NAME[:CONFIG]; "
-            "default unless tasks are given"
+            "default unless tasks or long contexts are given"
         ),
     ] = None,
     window: Annotated[int, typer.Option(help="tokens of one sequence of text", min=2)] = 1024,
@@ -62,7 +70,20 @@ def evaluate_command(
     limit: Annotated[
         int | None, typer.Option(help="items of each task, drawn at random; all unless given")
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
+    long_context: Annotated[
+        list[int] | None,
+        typer.Option(help="tokens of haystacks to find facts in, repeatable"),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="haystacks of each test, context and depth", min=1)
+    ] = 10,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="haystacks without the tokenizer's chat template")
+    ] = False,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="perplexity by position in the window")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="seed of the draw and of haystacks")] = 0,
     batch_size: Annotated[int, typer.Option(help="sequences scored at once, of tasks")] = 16,
     again: Annotated[bool, typer.Option("--again", help="measure what is already known")] = False,
     uniform: UniformOpt = False,
@@ -74,7 +95,7 @@ def evaluate_command(
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Perplexity on a text and accuracy on tasks, of the full cache and of each budget.
+    """Perplexity, accuracy on tasks and retrieval, of the full cache and of each budget.
 
     Results are kept in RUN/results; what is already there is not measured again.
     """
@@ -90,12 +111,25 @@ def evaluate_command(
         again=again,
     )
     loaded = _load_tasks(tasks, tasks_dir, limit)
-    source = text if loaded else text or "default"
+    alone = not loaded and not long_context
+    source = text or ("default" if alone or by_position else None)
     texts = None if source is None else data.read_texts(source, "validation")
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    budgets = [None, *(budget or sorted(artifact.tables, reverse=True) or BUDGETS)]
+    chosen = tuple(budget or sorted(artifact.tables, reverse=True) or BUDGETS)
+    budgets = [None, *chosen]
+    caches = Caches(budgets=chosen, uniform=uniform, sink=sink, window=recent)
+    opened = Opened(
+        run=run, artifact=artifact, model=model, tokenizer=tokenizer, caches=caches, again=again
+    )
     rows: Rows = []
-    if source is not None and texts is not None:
+    if source is not None and texts is not None and by_position:
+        windows = data.text_windows(tokenizer, texts, window, tokens)
+        placed = measure_positions(opened, windows, _name(source))
+        rows += placed
+        if not as_json:
+            title = f"{run} on {source}, perplexity by position"
+            console.out.print(positions_table(title, placed))
+    elif source is not None and texts is not None:
         windows = data.text_windows(tokenizer, texts, window, tokens)
         text_config = TextConfig(
             text=_name(source), uniform=uniform, sink=sink, window=recent, again=again
@@ -118,6 +152,12 @@ def evaluate_command(
         if not as_json:
             count = "all items" if limit is None else f"up to {limit} items each"
             console.out.print(console.tasks_table(f"{run}, accuracy in %, {count}", scored))
+    if long_context:
+        found = measure_needles(opened, long_context, samples, seed, plain=plain)
+        rows += found
+        if not as_json:
+            title = f"{run}, facts found in haystacks in %, {samples} a depth"
+            console.out.print(needle_table(title, found))
     if as_json:
         console.print_json({"rows": rows})
 

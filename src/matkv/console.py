@@ -94,7 +94,7 @@ def task_progress() -> Iterator[Callable[[str, float | None, int, int], None]]:
     """A line that follows the scoring of tasks: task, budget, requests answered of how many."""
     with err.status("tasks: getting ready") as status:
         yield lambda task, budget, done, total: status.update(
-            f"{task} · {_budget(budget)} · {done}/{total} requests"
+            f"{task} · {budget_name(budget)} · {done}/{total} requests"
         )
 
 
@@ -195,7 +195,7 @@ def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     full = next((row["perplexity"] for row in rows if row["budget"] is None), None)
     for row in rows:
         table.add_row(
-            _budget(row["budget"]),
+            budget_name(row["budget"]),
             f"{row['kept']:.1%}",
             f"{row['bytes_per_token']:,}",
             f"{row['perplexity']:.2f}",
@@ -218,7 +218,7 @@ def tasks_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     for budget in budgets:
         average = found[budget, AVERAGE]
         table.add_row(
-            _budget(budget),
+            budget_name(budget),
             *(_percent(found[budget, name], "acc", "stderr") for name in names),
             _percent(average, "difference", "difference_stderr", sign="+"),
             _share(average["retention"]),
@@ -227,7 +227,7 @@ def tasks_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _budget(budget: float | None) -> str:
+def budget_name(budget: float | None) -> str:
     return "full cache" if budget is None else f"{budget:.1%}"
 
 

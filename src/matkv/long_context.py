@@ -39,7 +39,7 @@ NEEDLE_KEYS = (
     *(*CACHE_KEYS, "test", "context", "depth", "n", "recipe"),
     *(setting.name for setting in fields(HaystackConfig)),
 )
-POSITIONS_KEYS = (*CACHE_KEYS, "text", "text_digest", "window_tokens", "start", "end")
+POSITIONS_KEYS = (*CACHE_KEYS, "text", "data", "window_tokens", "start", "end")
 SLACK = 4  # tokens of generation beyond the answer's, for models that start on a new line
 FIRST_BUCKET = 64
 
@@ -66,12 +66,13 @@ class Caches:
             BudgetError, FingerprintError, RankError: see `attach`; before anything is measured.
         """
         tables = {budget: artifact.table(budget, uniform=self.uniform) for budget in self.budgets}
-        common = {"artifact": results.digest(artifact), "dtype": str(model.dtype).split(".")[-1]}
+        dtype = str(model.dtype).removeprefix("torch.")
+        common = {"artifact": results.digest(artifact), "dtype": dtype}
         sink = artifact.sink if self.sink is None else self.sink
         window = artifact.window if self.window is None else self.window
         detach(model)
         try:
-            yield {**common, "ranks": None, "budget": None, "sink": 0, "window": 0}
+            yield {**common, "ranks": None, "budget": None, "sink": None, "window": None}
             for budget, table in tables.items():
                 attach(model, artifact, ranks=table, sink=sink, window=window)
                 ranks = results.digest_of(table)
@@ -244,8 +245,8 @@ def positions(
     if count == 0 or length < 2:
         raise DataError(f"{count} windows of {length} tokens: perplexity needs one of at least 2")
     _check_positions(model, length, 0)
-    content = hashlib.sha256(windows_NT.contiguous().numpy().tobytes()).hexdigest()[:12]
-    fixed = {"text": text, "text_digest": content, "window_tokens": length}
+    content = hashlib.sha256(windows_NT.cpu().numpy().tobytes()).hexdigest()[:12]
+    fixed = {"text": text, "data": content, "window_tokens": length}
     ranges = buckets(length)
     rows: list[Record] = []
     done = 0
