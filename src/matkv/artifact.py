@@ -67,6 +67,7 @@ class Artifact:
     lora: Lora | None = None
 
     def maps(self, layer: int, side: Side) -> Maps:
+        """The bases [GDD] of one side of one layer, and the way back."""
         return self.bases[layer][side].maps
 
     def table(self, budget: float, *, uniform: bool = False) -> RankTable:

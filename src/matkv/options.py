@@ -38,6 +38,7 @@ SeedOpt = Annotated[int, typer.Option(help="seed of sampling")]
 def load(
     name: str, dtype: str, device: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a command, with a note while they load."""
     with console.err.status(f"loading {name}"):
         return load_model(name, dtype, device=device, trust_remote_code=trust_remote_code)
 
@@ -45,6 +46,7 @@ def load(
 def open_run(
     run: Path, model_name: str | None, dtype: str, device: str | None, trust_remote_code: bool
 ) -> tuple[Artifact, PreTrainedModel, PreTrainedTokenizerBase]:
+    """An artifact with its base model, or with the one that `--model` names instead."""
     artifact = Artifact.load(run)
     model, tokenizer = load(model_name or artifact.base_model, dtype, device, trust_remote_code)
     return artifact, model, tokenizer
