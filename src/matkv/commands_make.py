@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,7 @@ from matkv.options import (
 )
 from matkv.recipe import DistillConfig
 from matkv.search import Constraints
+from matkv.task_texts import text_batches, training_texts
 
 
 def calibrate_command(
@@ -161,6 +164,12 @@ def allocate_command(
     ] = None,
     method: Annotated[str, typer.Option(help="fisher, greedy or uniform")] = "fisher",
     text: TextOpt = "default",
+    tasks: Annotated[
+        str | None, typer.Option(help="search on training items of these tasks, comma-separated")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="directory of TASK.jsonl; lm-eval's own unless given")
+    ] = None,
     step: Annotated[
         int | None, typer.Option(help="grain of ranks, an eighth of the head dim")
     ] = None,
@@ -210,13 +219,17 @@ def allocate_command(
         drops=drops,
     )
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    limit = config.held_out_tokens + config.expansions * config.search_tokens
+    limit = config.held_out_tokens
+    if tasks is None:
+        limit += config.expansions * config.search_tokens
     windows = data.text_windows(tokenizer, data.read_texts(text, "train"), 256, limit)
+    batches: Iterator[Any] = data.batches(windows, 8)
+    if tasks is not None:  # verified on the text all the same
+        solved = training_texts(tasks.split(","), tasks_dir)
+        batches = chain(batches, text_batches(tokenizer, solved, 8))
     state = target.with_name(f".{target.name}.allocate.jsonl")
     with console.search_progress() as update:
-        found = allocate(
-            model, artifact, data.batches(windows, 8), config, state=state, on_progress=update
-        )
+        found = allocate(model, artifact, batches, config, state=state, on_progress=update)
     found.save(target)
     entry = found.history[-1]
     if entry["interrupted"]:
