@@ -1,0 +1,69 @@
+"""The paper's Table 1: accuracy and perplexity of several artifacts at seven budgets, as Markdown.
+
+    for RUN in pca calibrated distilled; do
+        matkv evaluate $RUN --budget 1 --budget 0.875 ... --budget 0.25 --uniform \
+            --tasks arc_challenge,arc_easy,piqa,winogrande,commonsense_qa --limit N --tasks-dir DIR
+        matkv evaluate $RUN --budget ... --uniform --text wikitext2-test.txt --window 1024
+    done
+    python benchmarks/paper_table.py pca calibrated distilled
+
+Reads what these commands kept in RUN/results and measures nothing. Rows of other bases than the
+artifact's are left out. The difference to the full cache is taken item by item.
+"""
+
+import argparse
+from pathlib import Path
+
+from matkv import results
+from matkv.artifact import Artifact
+from matkv.results import Record
+from matkv.task_scores import AVERAGE, summarize
+
+
+def rows_of(run: Path, kind: str) -> list[Record]:
+    """The rows of this artifact's own bases, and of the full cache, without a window."""
+    mine = results.digest(Artifact.load(run))
+    rows = results.load_rows(run, kind)
+    return [row for row in rows if row["artifact"] == mine and not row.get("window")]
+
+
+def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]:
+    """One budget: perplexity, accuracy on every task, their average and what it keeps."""
+    cells = [name, "" if score is None else f"{score['perplexity']:.1f}"]
+    cells += [f"{100 * row['acc']:.1f}" for task, row in tasks.items() if task != AVERAGE]
+    if (mean := tasks.get(AVERAGE)) is None:
+        return cells
+    cells.append(f"**{100 * mean['acc']:.1f}** ± {100 * mean['stderr']:.1f}")
+    if mean["difference"] is not None:
+        change = f"{100 * mean['difference']:+.1f} ± {100 * mean['difference_stderr']:.1f}"
+        cells += [change, f"{mean['retention']:.1%}"]
+    return cells
+
+
+def table(run: Path) -> str:
+    """The Markdown table of one artifact."""
+    scores = {row["budget"]: row for row in rows_of(run, "perplexity")}
+    by_budget: dict[float | None, dict[str, Record]] = {}
+    for row in summarize(rows_of(run, "tasks")):
+        by_budget.setdefault(row["budget"], {})[row["task"]] = row
+    budgets = sorted({b for b in [*scores, *by_budget] if b is not None}, reverse=True)
+    names = [task for task in next(iter(by_budget.values()), {}) if task != AVERAGE]
+    head = [run.name, "perplexity", *names]
+    head += ["average", "against full", "kept"] if names else []
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for budget in [None, *budgets]:
+        name = "full cache" if budget is None else f"{budget:.1%}"
+        cells = line(name, by_budget.get(budget, {}), scores.get(budget))
+        lines.append("| " + " | ".join(cells + [""] * (len(head) - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    for run in parser.parse_args().runs:
+        print(table(run), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
