@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from matkv import haystack
 from matkv.errors import DataError
@@ -113,6 +114,21 @@ def test_a_leading_special_token_is_counted(
     assert sample.prompt_T.shape == (600,)
     assert sample.prompt_T.tolist().count(7) == 1
     assert int(sample.prompt_T[0]) == 7
+
+
+def test_pieces_are_tokenized_as_one_text_where_texts_start_with_a_space() -> None:
+    """As Llama 2's tokenizer does: pieces on their own would have two spaces."""
+    letters = sorted({*"\u2581\n", *map(chr, range(33, 127))})
+    own = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    own.normalizer = normalizers.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own)
+    assert tokenizer.tokenize(" a") == ["\u2581", "\u2581", "a"]
+    sample = Haystacks(tokenizer, HaystackConfig()).sample("needle", 700, 0.5)
+    names = tokenizer.convert_ids_to_tokens(torch.cat((sample.prompt_T, sample.answer_A)).tolist())
+    text = "".join(names).replace("\u2581", " ")
+    assert "  " not in text
+    assert text.endswith(f" is: {sample.answer}")
 
 
 def test_filler_articles_are_held_out_and_whole_sentences(articles: None) -> None:

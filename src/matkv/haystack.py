@@ -109,7 +109,7 @@ class Haystacks:
             raise DataError("the tokenizer has no chat template: ask plainly, without chat")
         self.tokenizer = tokenizer
         self.config = config
-        self.sentences = [self._ids(f" {one}") for one in _sentences(config.filler)]
+        self.sentences = [self._after(".", f" {one}") for one in _sentences(config.filler)]
 
     def sample(self, test: Test, context: int, depth: float, index: int = 0) -> Sample:
         """The sample of a name, `context` tokens long without its answer.
@@ -130,7 +130,7 @@ class Haystacks:
             str(rng.randrange(10 ** (n := self.config.digits - 1), 10 * 10**n)) for _ in words
         ]
         pairs = zip(words, numbers, strict=True)
-        facts = [self._ids(" " + FACT.format(word=word, number=one)) for word, one in pairs]
+        facts = [self._after(".", " " + FACT.format(word=word, number=one)) for word, one in pairs]
         start, end = self._frame(words[0])
         room = context - len(start) - len(end) - sum(map(len, facts))
         if room < 0:
@@ -141,7 +141,7 @@ class Haystacks:
         pieces, place = _hide(self._filler(room, rng), facts, depth, rng)
         return Sample(
             prompt_T=torch.tensor([*start, *pieces, *end]),
-            answer_A=torch.tensor(self._ids(f" {numbers[0]}")),
+            answer_A=torch.tensor(self._after(":", f" {numbers[0]}")),
             answer=numbers[0],
             start=len(start) + place,
         )
@@ -164,18 +164,24 @@ class Haystacks:
     def _frame(self, word: str) -> tuple[list[int], list[int]]:
         """Tokens before and after the haystack."""
         question, prefix = QUESTION.format(word=word), PREFIX.format(word=word)
-        if not self.config.chat:
-            begin = self.tokenizer.bos_token_id
-            begins = begin is not None and self.tokenizer("a").input_ids[0] == begin
-            return [*([begin] if begins else []), *self._ids(INTRO)], self._ids(
-                f"{question} {prefix}"
+        start: list[int] = []
+        if self.config.chat:
+            messages = [{"role": "user", "content": f"{INTRO}{HAYSTACK}{question}"}]
+            text: Any = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
             )
-        messages = [{"role": "user", "content": f"{INTRO}{HAYSTACK}{question}"}]
-        text: Any = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        before, _, after = text.partition(HAYSTACK)
-        return self._ids(before), self._ids(f"{after}{prefix}")
+            before, _, after = text.partition(HAYSTACK)
+        else:
+            before, after = INTRO, f"{question} "
+            begin = self.tokenizer.bos_token_id
+            if begin is not None and self.tokenizer("a").input_ids[0] == begin:
+                start = [begin]
+        return [*start, *self._ids(before)], self._after(".", f"{after}{prefix}")
+
+    def _after(self, before: str, text: str) -> list[int]:
+        """Tokens of `text` where it follows `before`: some tokenizers start a text with a space."""
+        head, whole = self._ids(before), self._ids(before + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
