@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import matkv
-from matkv import data
+from matkv import data, evaluate, long_context, tasks
 from matkv.artifact import Artifact
+from matkv.store import Store
 from pages import (
     GUIDE,
     PAGES,
@@ -127,6 +128,43 @@ def test_the_artifact_page_lists_the_fields_that_are_saved(llama: Tiny, tmp_path
     assert len(patterns) == 3
     for name in load_file(saved / "bases.safetensors"):
         assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+
+
+def test_the_artifact_page_lists_what_makes_a_row_one_of_its_kind() -> None:
+    page = (ROOT / "docs" / "artifact.md").read_text(encoding="utf-8")
+    section = page.partition("## results/")[2].partition("\n## ")[0]
+    common = re.findall(r"`(\w+)`", " ".join(re.findall(r"(?m)^\| (`[^|]+) \| ", section)[:5]))
+    kinds = {
+        evaluate.KIND: evaluate.KEYS,
+        tasks.KIND: tasks.KEYS,
+        long_context.NEEDLE: long_context.NEEDLE_KEYS,
+        long_context.POSITIONS: long_context.POSITIONS_KEYS,
+    }
+    for kind, keys in kinds.items():
+        (row,) = re.findall(rf"(?m)^\| `{kind}` \|.*$", section)
+        assert sorted([*common, *re.findall(r"\*\*`(\w+)`", row)]) == sorted(keys), kind
+
+
+def test_the_artifact_page_lists_all_fields_of_a_row(desk: Path) -> None:
+    page = (ROOT / "docs" / "artifact.md").read_text(encoding="utf-8")
+    model, tokenizer = matkv.load_model("model")
+    windows = data.text_windows(tokenizer, [TEXT], 64, 128)
+    run = matkv.calibrate(model, [windows]).save("run")
+    artifact = Artifact.load(run)
+    about = evaluate.TextConfig(text="a.txt")
+    (row,) = evaluate.perplexity_rows(model, artifact, windows, [0.5], about, run=run)
+    caches, store = long_context.Caches(budgets=(0.5,)), Store(run, long_context.POSITIONS, ())
+    placed = long_context.positions(model, artifact, windows, "a.txt", caches, store)[-1]
+    for kind, fields in ((evaluate.KIND, row), (long_context.POSITIONS, placed)):
+        (line,) = re.findall(rf"(?m)^\| `{kind}` \|.*$", page)
+        for name in set(fields) - {"artifact", "ranks", "budget", "sink", "window", "dtype"}:
+            assert name == "made" or f"`{name}`" in line, f"{kind}: {name}"
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    for page in set(PAGES) - {README, index}:
+        assert page in links(index), f"docs/index.md has no link to {page.name}: add one"
 
 
 def test_the_tutorial_runs(
