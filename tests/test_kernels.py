@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from explicit import attend_explicit
 from matkv import attention, hf
-from matkv.attention import Latents, attend, attend_explicit
+from matkv.attention import Latents, attend
 from matkv.cache import LatentLayer
 from matkv.kernels import cpu
 from matkv.latents import LayerProjection

@@ -51,27 +51,6 @@ def test_rows_are_the_leading_coordinates_of_every_head(
     assert sorted(order) == list(range(HEADS))
 
 
-@pytest.mark.parametrize(("key_ranks", "value_ranks"), TABLES)
-def test_rows_and_rest_together_lose_nothing(
-    key_ranks: LayerRanks, value_ranks: LayerRanks
-) -> None:
-    projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks, sink=1)
-    key_BGTD, value_BGTD = random_states()
-    both = projection.encode(key_BGTD, value_BGTD), projection.rest(key_BGTD, value_BGTD)
-    order = projection.order.tolist()
-    for bucket, rows, rest in zip(projection.buckets, *both, strict=True):
-        assert rows.shape[-1] + rest.shape[-1] == 2 * DIM
-        for place, head in enumerate(order[bucket.heads]):
-            r_key, dropped = key_ranks[head], DIM - key_ranks[head]
-            whole_key = torch.cat((rows[:, place, :, :r_key], rest[:, place, :, :dropped]), -1)
-            whole_value = torch.cat((rows[:, place, :, r_key:], rest[:, place, :, dropped:]), -1)
-            for maps, whole, full in (
-                (KEY, whole_key, key_BGTD[:, head]),
-                (VALUE, whole_value, value_BGTD[:, head]),
-            ):
-                assert largest_difference(whole @ maps.decode_GDD[head].mT, full) < 1e-5
-
-
 def test_unsort_undoes_sort() -> None:
     for key_ranks, value_ranks in TABLES:
         projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks)

@@ -1,7 +1,6 @@
 """The latent cache: transformers' cache interface over packed rows of latents.
 
-Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row columns, S sink token,
-W recent token, E columns that a row drops.
+Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row columns.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from matkv.attention import Exact, Latents
+from matkv.attention import Latents
 from matkv.errors import CacheError
+from matkv.exact_tokens import ExactTokens
 from matkv.latents import LayerProjection
 
 # Buffers grow by a quarter and in steps of this many tokens: appending one token copies nothing,
@@ -25,6 +25,8 @@ GRAIN = 64
 
 class LatentLayer(DynamicLayer):
     """One layer's latents: a preallocated buffer [B N capacity C] per bucket of equal row widths.
+
+    Tokens kept exact are in `exact` and get latents when they leave the window.
 
     `update` returns a `Latents` twice, in place of full keys and values: transformers passes it on
     untouched to the registered attention function.
@@ -38,8 +40,9 @@ class LatentLayer(DynamicLayer):
         self.projection = projection
         self.reserve = max_cache_len or 0
         self.buffers: list[Tensor] = []
-        self.exact: list[Exact] | None = None
-        self.start_B: Tensor | None = None
+        self.exact = (
+            ExactTokens(projection.sink, projection.window) if projection.keeps_exact else None
+        )
         self.length = 0
         self.record_past = False
 
@@ -55,76 +58,54 @@ class LatentLayer(DynamicLayer):
         """Append new tokens.  [B G T D, B G T D -> (Latents, the same Latents)]"""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first, tokens = self.length, key_states.shape[2]
-        rows = self.projection.encode(key_states, value_states)
-        if first == 0:
-            self.buffers = [_reusable(old, new) for old, new in _pair_up(self.buffers, rows)]
-        elif self.buffers[0].shape[0] != rows[0].shape[0]:
+        first, exact = self.length, None
+        if first and self.buffers[0].shape[0] != key_states.shape[0]:
             raise CacheError(
-                f"the cache holds {self.buffers[0].shape[0]} sequences, {rows[0].shape[0]} were "
+                f"the cache holds {self.buffers[0].shape[0]} sequences, {key_states.shape[0]} were "
                 "given; reset() it or use a new LatentCache"
             )
-        self.length = first + tokens
+        states_BGTF = torch.cat((key_states, value_states), dim=-1)
+        if self.exact is not None:
+            if first == 0:
+                self.exact.reset()
+            exact, states_BGTF = self.exact.append(
+                states_BGTF, first, self.projection.start_B, keep_all=self.record_past
+            )
+        rows, before = self.projection.encode_states(states_BGTF), self.rows
+        if first == 0:
+            self.buffers = [_reusable(old, new) for old, new in _pair_up(self.buffers, rows)]
+        self.length = first + key_states.shape[2]
         self.buffers = [
-            self._append(buffer, new, first) for buffer, new in zip(self.buffers, rows, strict=True)
+            self._append(buffer, new, before)
+            for buffer, new in zip(self.buffers, rows, strict=True)
         ]
-        latents = Latents(self.projection, [buffer[:, :, : self.length] for buffer in self.buffers])
-        if self.projection.keeps_exact:
-            self._update_exact(latents, key_states, value_states, first)
+        seen = self.length if self.exact is None else self.exact.far(self.length)
+        latents = Latents(self.projection, [buffer[:, :, :seen] for buffer in self.buffers], exact)
         return latents, latents
 
     def _append(self, buffer: Tensor, new_BNTC: Tensor, first: int) -> Tensor:
         if new_BNTC.requires_grad or buffer.requires_grad:
             # Writing in place would break the graph of earlier tokens.
             return torch.cat((buffer[:, :, :first], new_BNTC), dim=2)
-        capacity = buffer.shape[2]
+        B, N, tokens, C = new_BNTC.shape
+        capacity, end = buffer.shape[2], first + tokens
         is_frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if self.length > capacity or is_frozen:
-            wanted = max(self.length, capacity + capacity // 4, self.reserve)
-            B, N, _, C = new_BNTC.shape
+        if end > capacity or (is_frozen and tokens):
+            wanted = max(end, capacity + capacity // 4, self.reserve)
             grown = new_BNTC.new_empty(B, N, -(-wanted // GRAIN) * GRAIN, C)
             grown[:, :, :first] = buffer[:, :, :first]
             buffer = grown
-        buffer[:, :, first : self.length] = new_BNTC
+        buffer[:, :, first:end] = new_BNTC
         return buffer
-
-    # ---- exact tokens
-
-    def _update_exact(self, latents: Latents, key: Tensor, value: Tensor, first: int) -> None:
-        """Store the dropped coordinates of sink and recent tokens, and hand them on.
-
-        The attention of this step may need more recent tokens than the next one: it gets all that
-        reach into the window of any of its queries, and the cache keeps the last `window`.
-        """
-        projection = self.projection
-        rest = projection.rest(key, value)
-        B, noted_B = key.shape[0], projection.start_B
-        if first == 0 or self.exact is None:
-            self.start_B = torch.zeros(B, dtype=torch.long, device=key.device)
-            self.exact = [
-                Exact(r.new_zeros(B, r.shape[1], projection.sink, r.shape[3]), r[:, :, :0].clone())
-                for r in rest
-            ]
-        if noted_B is not None and noted_B.shape[0] == B:
-            self.start_B = noted_B.to(key.device)
-        assert self.start_B is not None
-        self.exact = [
-            Exact(
-                _fill_sinks(old.sink_BNSE, r, self.start_B, first),
-                torch.cat((old.recent_BNWE, r), dim=2) if projection.window else old.recent_BNWE,
-            )
-            for old, r in zip(self.exact, rest, strict=True)
-        ]
-        latents.exact, latents.start_B = self.exact, self.start_B
-        if not self.record_past:
-            self.exact = [
-                Exact(one.sink_BNSE, _last(one.recent_BNWE, projection.window).clone())
-                for one in self.exact
-            ]
 
     def activate_past_recording(self) -> None:
         """Keep more recent tokens exact until the next `crop`, so that it can roll back."""
         self.record_past = True
+
+    @property
+    def rows(self) -> int:
+        """How many of the tokens are latents."""
+        return self.length if self.exact is None else self.exact.between(self.length)
 
     # ---- what generation asks of a layer
 
@@ -144,38 +125,27 @@ class LatentLayer(DynamicLayer):
             raise CacheError(
                 f"crop({tokens_to_remove}): pass the negative number of tokens to remove"
             )
-        removed, window = min(-tokens_to_remove, self.length), self.projection.window
-        if self.exact is not None and window:
-            recents = self.exact[0].recent_BNWE.shape[2]
-            if recents - removed < min(window, self.length - removed):
-                raise CacheError(
-                    f"cannot crop {removed} tokens of a cache with an exact window of {window}: "
-                    "call activate_past_recording() before the tokens are added, or use window=0"
-                )
-            self.exact = [
-                Exact(e.sink_BNSE, _last(e.recent_BNWE[:, :, : recents - removed], window).clone())
-                for e in self.exact
-            ]
+        removed = min(-tokens_to_remove, self.length)
+        if self.exact is not None:
+            self.exact.crop(self.length, removed)
         self.length -= removed
 
     def reset(self) -> None:
         """Forget all tokens; the buffers are kept for the next sequence."""
-        self.length, self.exact, self.start_B, self.record_past = 0, None, None, False
+        self.length, self.record_past = 0, False
+        if self.exact is not None:
+            self.exact.reset()
 
     def _select(self, index_B: Tensor) -> None:
-        def pick(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, index_B.to(tensor.device))
-
-        buffers = []
+        index_B, buffers = index_B.to(self.buffers[0].device), []
         for buffer in self.buffers:
-            used = pick(buffer[:, :, : self.length])
+            used = buffer[:, :, : self.rows].index_select(0, index_B)
             moved = used.new_empty(used.shape[0], used.shape[1], *buffer.shape[2:])
-            moved[:, :, : self.length] = used
+            moved[:, :, : self.rows] = used
             buffers.append(moved)
         self.buffers = buffers
-        if self.exact is not None and self.start_B is not None:
-            self.exact = [Exact(pick(e.sink_BNSE), pick(e.recent_BNWE)) for e in self.exact]
-            self.start_B = pick(self.start_B)
+        if self.exact is not None:
+            self.exact.select(index_B)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.length:
@@ -194,19 +164,12 @@ class LatentLayer(DynamicLayer):
     # ---- moving and copying
 
     def _tensors(self) -> list[Tensor]:
-        exact = [t for e in self.exact or [] for t in (e.sink_BNSE, e.recent_BNWE)]
-        return self.buffers + exact
+        return self.buffers + (self.exact.tensors if self.exact is not None else [])
 
     def _move(self, device: torch.device | str) -> None:
         self.buffers = [buffer.to(device, non_blocking=True) for buffer in self.buffers]
         if self.exact is not None:
-            self.exact = [
-                Exact(
-                    e.sink_BNSE.to(device, non_blocking=True),
-                    e.recent_BNWE.to(device, non_blocking=True),
-                )
-                for e in self.exact
-            ]
+            self.exact.move(device)
 
     def offload(self) -> None:
         if self.is_initialized:
@@ -229,14 +192,8 @@ class LatentLayer(DynamicLayer):
     @property
     def used_nbytes(self) -> int:
         """Bytes of the tokens held, without spare room."""
-        rows = sum(b[:, :, : self.length].numel() * b.element_size() for b in self.buffers)
-        sinks = min(self.length, self.projection.sink)
-        rest = sum(
-            e.sink_BNSE[:, :, :sinks].numel() * e.sink_BNSE.element_size()
-            + e.recent_BNWE.numel() * e.recent_BNWE.element_size()
-            for e in self.exact or []
-        )
-        return rows + rest
+        rows = sum(b[:, :, : self.rows].numel() * b.element_size() for b in self.buffers)
+        return rows + (self.exact.used_nbytes(self.length) if self.exact is not None else 0)
 
 
 class LatentCache(Cache):
@@ -372,16 +329,3 @@ def _pair_up(buffers: list[Tensor], rows: list[Tensor]) -> list[tuple[Tensor | N
     if not buffers:
         return [(None, new) for new in rows]
     return list(zip(buffers, rows, strict=True))
-
-
-def _last(recent_BNWE: Tensor, window: int) -> Tensor:
-    return recent_BNWE[:, :, max(0, recent_BNWE.shape[2] - window) :]
-
-
-def _fill_sinks(sink_BNSE: Tensor, rest_BNTE: Tensor, start_B: Tensor, first: int) -> Tensor:
-    """Put those of the new tokens, from position `first` on, that are sinks into their slots."""
-    sinks, tokens = sink_BNSE.shape[2], rest_BNTE.shape[2]
-    offset_BS = start_B[:, None] + torch.arange(sinks, device=start_B.device) - first
-    is_new_BS = (offset_BS >= 0) & (offset_BS < tokens)
-    picks_BNSE = offset_BS.clamp(0, tokens - 1)[:, None, :, None].expand_as(sink_BNSE)
-    return torch.where(is_new_BS[:, None, :, None], rest_BNTE.gather(2, picks_BNSE), sink_BNSE)

@@ -544,10 +544,11 @@ def _is_latent(cache: Any) -> bool:
 def _note_padding(model: PreTrainedModel, mask: Any) -> None:
     """Tell layers that keep sinks where each sequence starts, counted with left padding.
 
-    A sequence of padding alone, as the first of several chunks can be, starts after it.
+    A sequence of padding alone, as the first of several chunks can be, starts after it. Without
+    padding, nothing is noted.
     """
     start_B = None
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
         real_BT = mask.bool()
         start_B = torch.where(real_BT.any(-1), real_BT.int().argmax(-1), real_BT.shape[1])
     for module in model.modules():

@@ -4,7 +4,7 @@
 `GatedProjection` keeps full width and gates columns, for training and search.
 
 Shapes: B batch, H query head, G KV head, N heads of one bucket, J query heads of a KV head, Q query
-position, X = J Q, T token, D head dim, C row columns, M view columns, E columns that a row drops.
+position, X = J Q, T token, D head dim, C row columns, M view columns.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class LayerProjection(nn.Module):
     Buffers, heads in sorted order: `ranks` [G 2]; `encode_rows` [G 2D C] makes rows of [key|value];
     `query` [G D M] goes with the first columns of a row, and is zero from the key rank on;
     `output` [G M D] goes with the last columns, and is zero but for its last value-rank rows.
-    When tokens are kept exact, the same for what rows drop: `encode_rest` [G 2D E], `query_rest`
-    [G D E] and `output_rest` [G E D].
+    `sink` first and `window` last tokens of a sequence are kept exact.
 
     Raises:
         RankError: the number of ranks or a rank does not fit the maps.
@@ -58,9 +57,6 @@ class LayerProjection(nn.Module):
     encode_rows: Tensor
     query: Tensor
     output: Tensor
-    encode_rest: Tensor
-    query_rest: Tensor
-    output_rest: Tensor
 
     def __init__(
         self,
@@ -92,8 +88,6 @@ class LayerProjection(nn.Module):
             "ranks": torch.tensor(pairs, dtype=torch.int32),
             **_row_maps(_picked(key, order), _picked(value, order), pairs),
         }
-        if self.keeps_exact:
-            tensors |= _rest_maps(_picked(key, order), _picked(value, order), pairs)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -117,16 +111,12 @@ class LayerProjection(nn.Module):
 
     def encode(self, key_BGTD: Tensor, value_BGTD: Tensor) -> list[Tensor]:
         """Rows of new tokens, a tensor [BNTC] per bucket."""
-        both_BGTD = self.sort(torch.cat((key_BGTD, value_BGTD), dim=-1))
-        rows_BGTC = per_head(both_BGTD, self.encode_rows)
-        return [rows_BGTC[:, b.heads, :, : b.row_width] for b in self.buckets]
+        return self.encode_states(torch.cat((key_BGTD, value_BGTD), dim=-1))
 
-    def rest(self, key_BGTD: Tensor, value_BGTD: Tensor) -> list[Tensor]:
-        """The coordinates that rows drop, [BNTE] per bucket: what exact tokens store on top."""
-        both_BGTD = self.sort(torch.cat((key_BGTD, value_BGTD), dim=-1))
-        rest_BGTE = per_head(both_BGTD, self.encode_rest)
-        full = 2 * self.head_dim
-        return [rest_BGTE[:, b.heads, :, : full - b.row_width] for b in self.buckets]
+    def encode_states(self, states_BGTF: Tensor) -> list[Tensor]:
+        """`encode` of [key | value] in one tensor, F = 2D."""
+        rows_BGTC = per_head(self.sort(states_BGTF), self.encode_rows)
+        return [rows_BGTC[:, b.heads, :, : b.row_width] for b in self.buckets]
 
     def enter(self, query_BHQD: Tensor) -> Tensor:
         """Queries in sorted order, a group's heads as positions of their KV head.  [-> BGXD]"""
@@ -172,19 +162,6 @@ def _row_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str,
         query_GDM[g, :, :r_key] = key.decode_GDD[g, :, :r_key]
         output_GMD[g, M - r_value :] = value.decode_GDD[g, :, :r_value].T
     return {"encode_rows": encode_GDC, "query": query_GDM, "output": output_GMD}
-
-
-def _rest_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
-    new, (G, D, _) = key.encode_GDD.new_zeros, key.encode_GDD.shape
-    E = 2 * D - min(map(sum, pairs))
-    encode_GDE, query_GDE, output_GED = new(G, 2 * D, E), new(G, D, E), new(G, E, D)
-    for g, (r_key, r_value) in enumerate(pairs):
-        middle, last = D - r_key, 2 * D - r_key - r_value
-        encode_GDE[g, :D, :middle] = key.encode_GDD[g, :, r_key:]
-        encode_GDE[g, D:, middle:last] = value.encode_GDD[g, :, r_value:]
-        query_GDE[g, :, :middle] = key.decode_GDD[g, :, r_key:]
-        output_GED[g, middle:last] = value.decode_GDD[g, :, r_value:].T
-    return {"encode_rest": encode_GDE, "query_rest": query_GDE, "output_rest": output_GED}
 
 
 class GatedProjection(nn.Module):

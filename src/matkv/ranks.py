@@ -167,10 +167,9 @@ class RankTable:
         """Bytes the cache holds for `batch` sequences of `tokens` tokens each.
 
         A layer with a sliding window holds its last window - 1 tokens at full width, as
-        transformers does. The first `sink` and the last `window` tokens keep the coordinates
-        beyond the rank.
+        transformers does. The first `sink` and the last `window` tokens are held at full width.
         """
-        exact = min(tokens, sink) + min(tokens, window)
+        exact = min(tokens, sink + window)
         total = 0
         for layer, shape in enumerate(self.geometry.layers):
             width = 2 * shape.kv_heads * shape.head_dim

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from matkv.kernels.parts import even_lse, flash
 from matkv.latents import Bucket, LayerProjection
 
 # A thread gets at least this many tokens: splitting fewer costs more than it saves.
 MIN_SPLIT = 1024
-
-# Like F.scaled_dot_product_attention at equal widths, but also returns the log of the sum of
-# exponentials of each query's scores, by which parts of a context are put together.
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def decode(
@@ -27,36 +24,40 @@ def decode(
     projection: LayerProjection,
     mask: Tensor | None,
     scaling: float,
-) -> Tensor:
-    """Attention of one query position over all rows, [BNTC] per bucket.  [BGXM -> BGXM]
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position over all rows, [BNTC] per bucket.  [BGXM -> BGXM, BGX]
 
-    `mask` is additive, [B|1 1 1 T], or None when every token is seen.
+    `mask` is additive, [B|1 1 1 T], or None when every token is seen. The second result is the log
+    of the weights' sum, in fp32.
     """
     X, M = query_BGXM.shape[2:]
     if X % 2 and query_BGXM.dtype == torch.bfloat16:
         # oneDNN multiplies an even number of bf16 rows faster, two in half the time of one.
         query_BGXM = torch.cat((query_BGXM, query_BGXM[:, :, :1]), dim=2)
     out_BGXM = query_BGXM.new_zeros(query_BGXM.shape)
+    lse_BGX = query_BGXM.new_empty(query_BGXM.shape[:3], dtype=torch.float32)
     for bucket, rows_BNTC in zip(projection.buckets, rows, strict=True):
         if bucket.row_width == 0:
+            lse_BGX[:, bucket.heads] = even_lse(mask, 1, rows_BNTC.shape[2], query_BGXM)
             continue
         width = _fast_width(bucket, M)
         query_BNXM = query_BGXM[:, bucket.heads, :, :width]
-        out_BNXM = _decode_split(query_BNXM, rows_BNTC, mask, scaling)
+        out_BNXM, lse_BNX = _decode_split(query_BNXM, rows_BNTC, mask, scaling)
         out_BGXM[:, bucket.heads, :, M - width :] = out_BNXM
-    return out_BGXM[:, :, :X]
+        lse_BGX[:, bucket.heads] = lse_BNX
+    return out_BGXM[:, :, :X], lse_BGX[:, :, :X]
 
 
 def _decode_split(
     query_BNXM: Tensor, rows_BNTC: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One bucket, in parts where it has fewer sequences and heads than there are threads."""
     B, N, X, M = query_BNXM.shape
     tokens = rows_BNTC.shape[2]
     threads = _threads()
     splits = min(threads // (B * N), tokens // MIN_SPLIT)
     if splits < 2:
-        return _flash(query_BNXM, rows_BNTC, mask, scaling)[0]
+        return _flash(query_BNXM, rows_BNTC, mask, scaling)
     # Sequences and heads become one axis, so that the parts of a context are a view of its rows.
     query_YXM = query_BNXM.reshape(B * N, 1, X, M)
     rows_YTC = rows_BNTC.flatten(0, 1)
@@ -72,7 +73,8 @@ def _decode_split(
         parts.append(_flash(query_YXM.expand(-1, pieces, -1, -1), rows_YSTC, piece, scaling))
     out_YSXM, lse_YSX = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     weights_YSX = lse_YSX.softmax(dim=1).to(out_YSXM.dtype)
-    return (weights_YSX[..., None] * out_YSXM).sum(1).view(B, N, X, M)
+    out_YXM = (weights_YSX[..., None] * out_YSXM).sum(1)
+    return out_YXM.view(B, N, X, M), lse_YSX.logsumexp(1).view(B, N, X)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

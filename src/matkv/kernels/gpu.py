@@ -37,11 +37,12 @@ def decode(
     scaling: float,
     *,
     splits: int | None = None,
-) -> Tensor:
-    """Attention of one query position over all rows, [BNTC] per bucket.  [BGXM -> BGXM]
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position over all rows, [BNTC] per bucket.  [BGXM -> BGXM, BGX]
 
     `mask` is additive, [B|1 1 1 T], or None when every token is seen. The context is divided into
-    `splits` parts, by default as many as keep the device busy.
+    `splits` parts, by default as many as keep the device busy. The second result is the log of the
+    weights' sum, in fp32.
     """
     B, G, X, M = query_BGXM.shape
     tokens, device = rows[0].shape[2], query_BGXM.device
@@ -54,6 +55,7 @@ def decode(
     splits = triton.cdiv(tokens, part_tokens)
     part_BGSXM = torch.empty(B, G, splits, X, M, dtype=torch.float32, device=device)
     lse_BGSX = torch.empty(B, G, splits, X, dtype=torch.float32, device=device)
+    lse_BGX = torch.empty(B, G, X, dtype=torch.float32, device=device)
     out_BGXM = torch.empty_like(query_BGXM)
     sizes = _tile(X, projection)
     _decode_part[(B, G, splits)](
@@ -64,10 +66,10 @@ def decode(
         HAS_MASK=mask is not None, BLOCK_T=BLOCK_T, WIDEN=WIDEN, **sizes,
     )  # fmt: skip
     _merge_parts[(B, G, X)](
-        part_BGSXM, lse_BGSX, projection.ranks, out_BGXM, X, M, splits,
+        part_BGSXM, lse_BGSX, projection.ranks, out_BGXM, lse_BGX, X, M, splits,
         BLOCK_S=triton.next_power_of_2(splits), BLOCK_M=triton.next_power_of_2(max(M, 1)),
     )  # fmt: skip
-    return out_BGXM
+    return out_BGXM, lse_BGX
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def _decode_part(
 
 @triton.jit
 def _merge_parts(
-    part_ptr, lse_ptr, ranks_ptr, out_ptr, X, M, splits,
+    part_ptr, lse_ptr, ranks_ptr, out_ptr, all_lse_ptr, X, M, splits,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One query head: its parts, each with its share of the weights, into the last columns."""
@@ -148,14 +150,17 @@ def _merge_parts(
     s, m = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_M)
     place = (head * splits + s) * X + x
     lse = tl.load(lse_ptr + place, mask=s < splits, other=-float("inf"))
-    weight = tl.exp(lse - tl.max(lse, 0))
+    highest = tl.max(lse, 0)
+    weight = tl.exp(lse - highest)
+    total = tl.sum(weight, 0)
     column = m - (M - rank_value)
     part = tl.load(
         part_ptr + place[:, None] * M + column[None, :],
         mask=(s[:, None] < splits) & ((column >= 0) & (m < M))[None, :],
         other=0.0,
     )
-    out = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0) / total
+    tl.store(all_lse_ptr + head * X + x, highest + tl.log(total))
     tl.store(out_ptr + (head * X + x) * M + m, out.to(out_ptr.dtype.element_ty), mask=m < M)
 
 

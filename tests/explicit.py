@@ -1,0 +1,75 @@
+"""Attention on latents as it is written in books: the oracle of the fast paths' tests.
+
+Shapes: B batch, H query head, G KV head, N heads of one bucket, Q query, T token, L latent, D head
+dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from matkv.attention import Latents
+
+
+def attend_explicit(
+    latents: Latents,
+    query_BHQD: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`attend` on keys and values rebuilt at full width, with a mask of which query reads which."""
+    assert not dropout
+    exact, queries = latents.exact, query_BHQD.shape[2]
+    key_BGTD, value_BGTD = rebuilt(latents)
+    sink = 0 if exact is None else exact.sink
+    position_Q = torch.arange(latents.tokens - queries, latents.tokens)[:, None]
+    place_BT = torch.arange(key_BGTD.shape[2])[None] + sink
+    reads_BQT = position_Q >= place_BT[:, None]
+    if exact is not None:
+        start_B = exact.start_B if exact.start_B is not None else torch.zeros(1, dtype=torch.long)
+        sink_BS = start_B[:, None] + torch.arange(sink)
+        recent_BK = torch.arange(exact.first, exact.tokens)[None]
+
+        def near(place_BT: Tensor) -> Tensor:
+            """In the window and no sink."""
+            distance_BQT = position_Q - place_BT[:, None]
+            is_sink_BT = place_BT < start_B[:, None] + sink
+            return (distance_BQT >= 0) & (distance_BQT < exact.reach) & ~is_sink_BT[:, None]
+
+        after_BT = place_BT >= start_B[:, None] + sink
+        reads = [reads_BQT & after_BT[:, None] & ~near(place_BT)]
+        reads += [sink_BS[:, None] <= position_Q, near(recent_BK)]
+        places = [place_BT, sink_BS, recent_BK]
+        batch = max(len(part) for part in reads)
+        reads_BQT = torch.cat([part.expand(batch, -1, -1) for part in reads], dim=2)
+        place_BT = torch.cat([part.expand(batch, -1) for part in places], dim=1)
+        states = torch.cat((exact.sink_BGSF, exact.recent_BGKF), dim=2).float().chunk(2, dim=-1)
+        key_BGTD = torch.cat((key_BGTD, states[0]), dim=2)
+        value_BGTD = torch.cat((value_BGTD, states[1]), dim=2)
+    bias_BQT = torch.where(reads_BQT, 0.0, torch.finfo(torch.float32).min)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        batch = max(len(mask), len(place_BT))
+        index_BQT = place_BT.clamp_max(latents.tokens - 1)[:, None].expand(batch, queries, -1)
+        bias_BQT = bias_BQT + mask.float()[:, 0].expand(batch, -1, -1).gather(2, index_BQT)
+    bias_BQT = bias_BQT.clamp_min(torch.finfo(torch.float32).min)
+    group = query_BHQD.shape[1] // key_BGTD.shape[1]
+    scores_BHQT = query_BHQD.float() @ key_BGTD.repeat_interleave(group, 1).mT * scaling
+    weights_BHQT = (scores_BHQT + bias_BQT[:, None]).softmax(-1)
+    return (weights_BHQT @ value_BGTD.repeat_interleave(group, 1)).to(query_BHQD.dtype)
+
+
+def rebuilt(latents: Latents) -> tuple[Tensor, Tensor]:
+    """Keys and values of the latents at full width, in fp32.  [BGLD]"""
+    projection, keys, values = latents.projection, [], []
+    for bucket, rows_BNLC in zip(projection.buckets, latents.rows, strict=True):
+        width, rows = bucket.width, rows_BNLC.float()
+        enter_NDM = projection.query[bucket.heads, :, :width].float()
+        leave_NMD = projection.output[bucket.heads, projection.width - width :].float()
+        keys.append(rows[..., :width] @ enter_NDM.mT)
+        values.append(rows[..., rows.shape[-1] - width :] @ leave_NMD)
+    return projection.unsort(torch.cat(keys, 1)), projection.unsort(torch.cat(values, 1))
