@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import matkv
 from matkv import long_context
 from matkv.cache import LatentCache
-from matkv.errors import ArtifactError, BudgetError, DataError
+from matkv.errors import ArtifactError, BudgetError, DataError, FingerprintError
 from matkv.evaluate import perplexity
 from matkv.haystack import HaystackConfig, Haystacks, Sample
 from matkv.long_context import (
@@ -248,8 +248,9 @@ def test_a_kill_loses_only_the_row_under_way(
         return True, 0.5
 
     monkeypatch.setattr(long_context, "ask", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as held:  # its traceback must not keep the model attached
         measure(subject, tokenizer, store(tmp_path))
+    assert held.traceback
     assert "matkv_attachment" not in subject.model.__dict__
     assert len(json.loads((tmp_path / "results" / "needle.json").read_text())["rows"]) == 2
     assert len(measure(subject, tokenizer, store(tmp_path))) == 4
@@ -284,6 +285,9 @@ def test_other_bad_settings_are_refused_before_any_work(
     monkeypatch.setattr(long_context, "ask", lambda *_: pytest.fail("measured"))
     with pytest.raises(BudgetError, match=r"budget 1\.5 must be in"):
         measure(subject, tokenizer, store(), budgets=(0.5, 1.5))
+    stranger = replace(subject.artifact, fingerprint=subject.artifact.fingerprint[::-1])
+    with pytest.raises(FingerprintError):
+        needles(subject.model, tokenizer, stranger, Caches(budgets=(0.5,)), CONFIG, store())
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "needle.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):

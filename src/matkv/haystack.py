@@ -150,11 +150,12 @@ class Haystacks:
         """Whole sentences of `room` tokens together; the first one lacks its beginning."""
         first = rng.randrange(len(self.sentences)) if self.config.filler == "articles" else 0
         pieces: list[list[int]] = []
+        over = -room
         for number in count(first):
-            over = sum(map(len, pieces)) - room
             if over >= 0:
                 break
             pieces.append(self.sentences[number % len(self.sentences)])
+            over += len(pieces[-1])
         while pieces and over:
             cut = min(over, len(pieces[0]))
             pieces[0], over = pieces[0][cut:], over - cut

@@ -12,7 +12,8 @@ import copy
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
@@ -27,7 +28,7 @@ from matkv.artifact import Artifact
 from matkv.cache import new_cache
 from matkv.errors import DataError
 from matkv.haystack import RECIPE, TESTS, HaystackConfig, Haystacks, Sample, Test
-from matkv.hf import attach, detach
+from matkv.hf import attach, detach, fingerprint, geometry_of
 from matkv.losses import token_losses
 from matkv.results import Record
 from matkv.store import Store
@@ -59,7 +60,7 @@ class Caches:
     sink: int | None = None
     window: int | None = None
 
-    def attached(self, model: PreTrainedModel, artifact: Artifact) -> Iterator[Record]:
+    def attached(self, model: PreTrainedModel, artifact: Artifact) -> Generator[Record]:
         """Attach one after the other and tell what identifies each; leaves the model detached.
 
         Raises:
@@ -71,6 +72,7 @@ class Caches:
         sink = artifact.sink if self.sink is None else self.sink
         window = artifact.window if self.window is None else self.window
         detach(model)
+        artifact.check(geometry_of(model.config), fingerprint(model))
         try:
             yield {**common, "ranks": None, "budget": None, "sink": None, "window": None}
             for budget, table in tables.items():
@@ -133,24 +135,26 @@ def needles(
         BudgetError, FingerprintError, RankError: see `attach`.
     """
     haystacks = Haystacks(tokenizer, config.haystack)
-    for test, context, depth in config.cells():  # every error before any work
-        answer_A = haystacks.sample(test, context, depth).answer_A
-        _check_positions(model, context, len(answer_A) + SLACK)
+    samples = {
+        cell: [haystacks.sample(*cell, index) for index in range(config.samples)]
+        for cell in config.cells()
+    }
+    for cell, (first, *_) in samples.items():
+        _check_positions(model, cell[1], len(first.answer_A) + SLACK)
     fixed = {"n": config.samples, **asdict(config.haystack), "recipe": RECIPE}
     rows: list[Record] = []
     done = 0
-    for cache in caches.attached(model, artifact):
-        for test, context, depth in config.cells():
-            cell = {**cache, "test": test, "context": context, "depth": depth, **fixed}
-            row = store.find(cell)
-            if row is None:
-                names = range(config.samples)
-                samples = [haystacks.sample(test, context, depth, index) for index in names]
-                row = store.add([{**cell, **_scores(model, tokenizer, samples)}])[0]
-            rows.append(row)
-            done += context * config.samples
-            if on_progress is not None:
-                on_progress(done)
+    with closing(caches.attached(model, artifact)) as each:
+        for cache in each:
+            for (test, context, depth), asked in samples.items():
+                name = {**cache, "test": test, "context": context, "depth": depth, **fixed}
+                row = store.find(name)
+                if row is None:
+                    row = store.add([{**name, **_scores(model, tokenizer, asked)}])[0]
+                rows.append(row)
+                done += context * len(asked)
+                if on_progress is not None:
+                    on_progress(done)
     return rows
 
 
@@ -250,17 +254,17 @@ def positions(
     ranges = buckets(length)
     rows: list[Record] = []
     done = 0
-    for cache in caches.attached(model, artifact):
-        names = [{**cache, **fixed, "start": start, "end": end} for start, end in ranges]
-        found = [row for name in names if (row := store.find(name)) is not None]
-        if len(found) == len(names):
+    with closing(caches.attached(model, artifact)) as each:
+        for cache in each:
+            names = [{**cache, **fixed, "start": start, "end": end} for start, end in ranges]
+            found = [row for name in names if (row := store.find(name)) is not None]
+            if len(found) < len(names):
+                losses_NT = _losses(model, windows_NT, done, on_progress)
+                found = store.add([{**name, **_bucket(losses_NT, name)} for name in names])
             rows += found
-        else:
-            losses_NT = _losses(model, windows_NT, done, on_progress)
-            rows += store.add([{**name, **_bucket(losses_NT, name)} for name in names])
-        done += windows_NT.numel()
-        if on_progress is not None:
-            on_progress(done)
+            done += windows_NT.numel()
+            if on_progress is not None:
+                on_progress(done)
     return rows
 
 
