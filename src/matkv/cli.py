@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from matkv import commands_evaluate, commands_make, commands_measure, commands_use, console
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         app()
     except MatkvError as error:
-        console.err.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        console.err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # how typer reports Ctrl-C

@@ -228,6 +228,7 @@ def tasks_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def budget_name(budget: float | None) -> str:
+    """A budget as tables show it."""
     return "full cache" if budget is None else f"{budget:.1%}"
 
 

@@ -164,17 +164,23 @@ class MatkvLM(LoadedLM):
     ) -> None:
         _check_arguments(artifact, budget, options)
         opened = Artifact.load(str(artifact))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_model(
             pretrained or opened.base_model,
             dtype,
-            device=device,
+            device=_device(device),
             trust_remote_code=trust_remote_code,
         )
         if isinstance(budget, (int, float)):
             table = opened.table(budget, uniform=uniform)
             attach(model, opened, ranks=table, sink=sink, window=window)
         super().__init__(model, tokenizer, **options)
+
+
+def _device(name: str | None) -> str:
+    """The device as lm-eval means it: its command line says cuda:0 wherever nothing is said."""
+    if not torch.cuda.is_available() and (name is None or name.startswith("cuda")):
+        return "cpu"
+    return name or "cuda"
 
 
 def _check_arguments(artifact: str | None, budget: Any, options: dict[str, Any]) -> None:

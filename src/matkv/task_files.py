@@ -11,11 +11,11 @@ what is right.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def require_lm_eval() -> None:
     Raises:
         MatkvError: lm-eval is not installed.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    if find_spec("lm_eval") is None:
         raise MatkvError("tasks are scored by lm-eval, which is missing: pip install 'matkv[eval]'")
 
 
