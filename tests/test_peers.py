@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import DynamicCache, QuantizedCache
 import matkv
 from matkv.projection import Maps
 from matkv.ranks import RankTable
-from peers import low_rank, ours, presses, quantized, shrink
+from peers import environments, low_rank, ours, presses, quantized, shrink
 from peers.entries import Calibration, entries
 from peers.protocol import (
     Contestant,
@@ -22,6 +23,7 @@ from peers.protocol import (
     Protocol,
     Row,
     attempt,
+    control,
     full_bytes_per_token,
     score,
     tensor_nbytes,
@@ -284,6 +286,26 @@ def test_the_entries_of_this_process(llama: Tiny) -> None:
         for entry in found
         if entry.contestant.family == "low rank"
     )
+
+
+# ---- another environment
+
+
+def test_an_environment_gives_rows_and_says_what_failed(
+    llama: Tiny, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environments, "python_of", lambda name: Path(sys.executable))
+    llama.model.save_pretrained(tmp_path / "model")
+    job = {"model": str(tmp_path / "model"), "dtype": "float32", "device": "cpu", "options": {}}
+    same = control("quantized")
+    refused = ("QuantizedCache", "quanto 8 bit")  # with or without the package
+    wanted = [(same.method, same.setting), refused, ("no such", "contestant")]
+    given = environments.score_inside("quantized", wanted, windows, PROTOCOL, **job)
+    row = next(given)
+    assert row["losses"] == pytest.approx(plain_losses(llama.model, windows), abs=1e-5)
+    assert next(given)["note"].startswith("failed: ")
+    with pytest.raises(environments.PeerEnvironmentError, match="ended early"):
+        next(given)
 
 
 # ---- table

@@ -94,20 +94,19 @@ def score_inside(
 def _rows(python: Path, task: Path, errors: Any, count: int) -> Iterator[Row]:
     inside = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [str(python), "-m", f"{Path(__file__).parent.name}.child", str(task)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=inside
-    )
-    assert process.stdout is not None
     seen = 0
-    try:
-        for line in process.stdout:
-            if line.startswith(ROW):
-                seen += 1
-                yield json.loads(line.removeprefix(ROW))
-    finally:
-        if process.poll() is None and seen < count:
-            process.terminate()
-        process.wait()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=inside
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith(ROW):
+                    seen += 1
+                    yield json.loads(line.removeprefix(ROW))
+        finally:
+            if seen < count:
+                process.terminate()
     if seen < count:
         errors.seek(0)
         raise PeerEnvironmentError(f"ended early: {_last_line(errors.read())}")

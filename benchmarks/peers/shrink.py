@@ -41,12 +41,35 @@ class Shrunk(Method):
             calibration_texts=self.texts,
             verbose=False,
         )
+        if rotary_corrected(converted, rope_theta(model.config)):
+            self.note += "; rotary base set by hand, cacheshrink misses it in this transformers"
         before, after = (tensor_nbytes(list(m.parameters())) for m in (model, converted))
         self.added = max(0, after - before)
         yield converted.eval()
 
     def fixed_nbytes(self, model: Any) -> int:
         return self.added
+
+
+def rope_theta(config: Any) -> float:
+    """A model's rotary base, wherever this transformers keeps it."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    theta: Any = parameters.get("rope_theta") or getattr(config, "rope_theta", 10_000.0)
+    return float(theta)
+
+
+def rotary_corrected(converted: Any, base: float) -> bool:
+    """Give converted attention the right rotary base for cached keys; whether it was wrong.
+
+    cacheshrink reads `config.rope_theta`, which transformers 5 has moved, and takes 10,000 or none
+    for it: without this every cached key would be rotated wrongly.
+    """
+    wrong = False
+    for module in converted.modules():
+        if type(module).__name__ == "MLAAttention":
+            wrong |= not module._uses_rope or module._rope_config["base"] != base
+            module._uses_rope, module._rope_config["base"] = True, base
+    return wrong
 
 
 def contestants(model: str, texts: str) -> list[Contestant]:
