@@ -96,6 +96,7 @@ class RankTable:
                 _check_layer(side, index, ranks, shape)
 
     def side(self, side: Side) -> tuple[LayerRanks, ...]:
+        """The ranks of all layers' heads on one side."""
         return self.key if side == "key" else self.value
 
     # ---- making tables
@@ -183,6 +184,7 @@ class RankTable:
     # ---- JSON
 
     def to_json(self) -> dict[str, Any]:
+        """Lists of each layer's ranks, by side."""
         return {side: [list(ranks) for ranks in self.side(side)] for side in SIDES}
 
     @classmethod
