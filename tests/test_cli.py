@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from matkv import cli, commands_make, commands_use
+from matkv import answers, cli, commands_make, commands_use
 from matkv.artifact import Artifact
 from tiny import save_model
 
@@ -118,13 +118,13 @@ def test_chat_keeps_its_cache_from_turn_to_turn(run: Path, tools: Call) -> None:
 
     monkeypatch.setattr("matkv.console.out.input", said)
     read: list[int] = []
-    original = commands_use._generate
+    original = answers.generate
 
     def spy(model: Any, tokenizer: Any, ids: list[int], cache: Any, *rest: Any, **how: Any) -> Any:
         read.append(len(ids) - cache.get_seq_length())
         return original(model, tokenizer, ids, cache, *rest, **how)
 
-    monkeypatch.setattr(commands_use, "_generate", spy)
+    monkeypatch.setattr(commands_use, "generate", spy)
     code, _, err = call(*tools, "chat", str(run), "--max-new-tokens", "3")
     assert code == 0, err
     assert "bytes of cache" in err

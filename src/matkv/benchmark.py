@@ -23,6 +23,7 @@ from transformers import (
     StaticCache,
 )
 
+from matkv import results
 from matkv.artifact import Artifact
 from matkv.cache import LatentCache, storage_nbytes
 from matkv.errors import MatkvError
@@ -30,6 +31,9 @@ from matkv.hf import attach, detach, geometry_of
 from matkv.ranks import check_budget
 from matkv.timing import Spread, take_turns, thread_count, transient_bytes
 
+KIND = "benchmark"
+# Rows equal in these are of the same measurement.
+KEYS = ("artifact", "ranks", "name", "budget", "context", "batch", "dtype", "threads")
 DYNAMIC, STATIC, EMPTY = "DynamicCache", "StaticCache", "empty"
 WARM_UP = 3
 
@@ -112,6 +116,24 @@ class _Candidate:
     kept: float
     model: PreTrainedModel
     new_cache: Callable[[int], Any]
+
+
+def kept_rows(
+    rows: Sequence[dict[str, Any]], artifact: Artifact, dtype: torch.dtype, config: BenchmarkConfig
+) -> list[results.Record]:
+    """Rows as JSON with what they were measured of, to keep beside the artifact."""
+    shared = {
+        "artifact": results.digest(artifact),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": config.threads or torch.get_num_threads(),
+        "made": results.made(seed=config.seed, steps=config.steps),
+    }
+    kept = []
+    for row in rows:
+        budget = row["budget"]
+        table = None if budget is None else artifact.table(budget, uniform=config.uniform)
+        kept.append({**row, **shared, "ranks": results.digest_of(table)})
+    return kept
 
 
 @torch.inference_mode()

@@ -12,7 +12,14 @@ import typer
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
-from matkv import commands_evaluate, commands_make, commands_measure, commands_use, console
+from matkv import (
+    commands_evaluate,
+    commands_make,
+    commands_measure,
+    commands_report,
+    commands_use,
+    console,
+)
 from matkv.demo import demo
 from matkv.errors import MatkvError
 from matkv.options import JsonOpt
@@ -46,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": commands_evaluate.evaluate_command,
     "benchmark": commands_measure.benchmark_command,
     "plan": commands_measure.plan_command,
+    "report": commands_report.report_command,
     "generate": commands_use.generate_command,
     "chat": commands_use.chat_command,
     "inspect": commands_use.inspect_command,

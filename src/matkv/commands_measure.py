@@ -9,7 +9,7 @@ import torch
 import typer
 
 from matkv import console
-from matkv.benchmark import BenchmarkConfig, benchmark, random_model
+from matkv.benchmark import KEYS, KIND, BenchmarkConfig, benchmark, kept_rows, random_model
 from matkv.benchmark_attention import AttentionCase, attention_benchmark
 from matkv.benchmark_plots import plot_benchmark
 from matkv.calibrate import calibrate
@@ -26,6 +26,7 @@ from matkv.options import (
     open_run,
 )
 from matkv.plan import DEFAULT_BANDWIDTH, PlanCase, parse_bytes, plan
+from matkv.results import save_rows
 
 
 def benchmark_command(
@@ -97,6 +98,8 @@ def benchmark_command(
     with console.token_progress("benchmark", len(config.contexts) * len(config.batches)) as update:
         rows = benchmark(model, artifact, config, on_progress=lambda done, _: update(done))
     records = [row.to_json() for row in rows]
+    if run is not None:
+        save_rows(run, KIND, kept_rows(records, artifact, model.dtype, config), KEYS)
     if plots is not None:
         plot_benchmark(records, plots, memory=None if memory is None else parse_bytes(memory))
     if as_json:

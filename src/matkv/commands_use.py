@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import torch
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
 from matkv import console
+from matkv.answers import chat_ids, generate
 from matkv.artifact import Artifact
 from matkv.cache import LatentCache
-from matkv.errors import MatkvError
 from matkv.hf import attach
 from matkv.options import (
     BudgetOpt,
@@ -54,10 +53,10 @@ def generate_command(
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
     attach(model, artifact, ranks=artifact.table(budget, uniform=uniform), sink=sink, window=recent)
     chat = [{"role": "user", "content": prompt}]
-    ids = tokenizer(prompt).input_ids if raw else _chat_ids(tokenizer, chat, prompt)
+    ids = tokenizer(prompt).input_ids if raw else chat_ids(tokenizer, chat, prompt)
     cache = LatentCache(model)
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True)
-    answer = _generate(
+    answer = generate(
         model, tokenizer, ids, cache, streamer, max_new_tokens, temperature=temperature, seed=seed
     )
     if as_json:
@@ -91,10 +90,10 @@ def chat_command(
         except EOFError:
             return
         turns.append({"role": "user", "content": said})
-        ids = _chat_ids(tokenizer, turns, said)
+        ids = chat_ids(tokenizer, turns, said)
         cache.crop(min(_common_prefix(held, ids), len(ids) - 1) - len(held))
         how: dict[str, Any] = {"temperature": temperature, "seed": seed}
-        answer = _generate(model, tokenizer, ids, cache, streamer, max_new_tokens, **how)
+        answer = generate(model, tokenizer, ids, cache, streamer, max_new_tokens, **how)
         held = [*ids, *answer][: cache.get_seq_length()]
         reply = str(tokenizer.decode(answer, skip_special_tokens=True))
         turns.append({"role": "assistant", "content": reply})
@@ -128,47 +127,7 @@ def inspect_command(run: RunArg, as_json: JsonOpt = False) -> None:
     )
 
 
-def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prompt: str
-) -> list[int]:
-    if not tokenizer.chat_template:
-        return list(tokenizer(prompt).input_ids)
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text), add_special_tokens=False).input_ids)
-
-
 def _common_prefix(a: list[int], b: list[int]) -> int:
     """How many leading tokens two sequences share."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    cache: LatentCache,
-    streamer: TextStreamer | None,
-    max_new_tokens: int,
-    *,
-    temperature: float,
-    seed: int,
-) -> list[int]:
-    """Generate after `ids`, filling `cache`; returns the new tokens."""
-    if not ids:
-        raise MatkvError("the prompt is empty: say something to the model")
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
-    input_ids = torch.tensor([ids], device=model.device)
-    output = model.generate(  # type: ignore[operator]
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
-        streamer=streamer,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **sampling,
-    )
-    return [int(token) for token in output[0, len(ids) :]]

@@ -1,0 +1,223 @@
+"""What a report reads: artifacts, and the rows that were measured of exactly these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matkv.artifact import Artifact
+from matkv.errors import MatkvError
+from matkv.ranks import RankTable
+from matkv.results import Record, digest, digest_of, load_rows
+
+KINDS = ("perplexity", "tasks", "needle", "positions", "peers", "benchmark", "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An artifact with its rows by kind, and how many rows of each kind are of another one.
+
+    A row is stale where it was measured with other bases, or with ranks that are neither the
+    stored table's of its budget nor uniform; it is counted, and left out.
+    """
+
+    name: str
+    artifact: Artifact
+    digest: str
+    rows: dict[str, list[Record]]
+    stale: dict[str, int]
+
+    @property
+    def model(self) -> str:
+        return self.artifact.base_model
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs, named as shortly as tells them apart.
+
+    Raises:
+        ArtifactError: one is no artifact, or its results are damaged.
+        MatkvError: none is given, one twice, or they are of several models.
+    """
+    folders = [Path(path).resolve() for path in paths]
+    if not folders:
+        raise MatkvError("a report needs at least one RUN")
+    if len(set(folders)) < len(folders):
+        raise MatkvError("the same RUN is given twice: name each once")
+    artifacts = [Artifact.load(folder) for folder in folders]
+    digests = [digest(artifact) for artifact in artifacts]
+    runs = [
+        _read(folder, name, artifact, digests)
+        for folder, name, artifact in zip(folders, _names(folders), artifacts, strict=True)
+    ]
+    models = {(run.artifact.geometry, run.artifact.fingerprint) for run in runs}
+    if len(models) > 1:
+        names = ", ".join(f"{run.name} of {run.model}" for run in runs)
+        raise MatkvError(f"these runs are of several models ({names}): make a report of each")
+    return runs
+
+
+def _read(folder: Path, name: str, artifact: Artifact, digests: Sequence[str]) -> Run:
+    """One run; the rows of peers may be of any run in the report, as they are measured together."""
+    ours, uniform = digest(artifact), _Uniform(artifact)
+    rows: dict[str, list[Record]] = {}
+    stale: dict[str, int] = {}
+    for kind in KINDS:
+        found = load_rows(folder, kind)
+        wanted = {None, *digests} if kind == "peers" else {None, ours}
+        named = map(uniform.named, found)
+        rows[kind] = [
+            row for row in named if row.get("artifact") in wanted and row["uniform"] is not None
+        ]
+        stale[kind] = len(found) - len(rows[kind])
+    return Run(name=name, artifact=artifact, digest=ours, rows=rows, stale=stale)
+
+
+class _Uniform:
+    """Tells by their digest whether the ranks of a row were uniform or the artifact's own."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.known = {digest_of(table): False for table in artifact.tables.values()}
+
+    def named(self, row: Record) -> Record:
+        """The row with `uniform` set; None where its ranks are another artifact's."""
+        budget, ranks = number(row, "budget"), row.get("ranks")
+        if budget is None or not isinstance(ranks, str) or row.get("artifact") is None:
+            return {**row, "uniform": bool(row.get("uniform"))}
+        if ranks in self.known:
+            return {**row, "uniform": self.known[ranks]}
+        # Without tables uniform ranks are all there is, and need no mention.
+        told = bool(self.artifact.tables) and budget < 1
+        return {**row, "uniform": told if ranks == self._uniform(budget) else None}
+
+    def _uniform(self, budget: float) -> str | None:
+        try:
+            return digest_of(RankTable.uniform(self.artifact.geometry, budget))
+        except MatkvError:  # another step than the default made such a budget possible
+            return None
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    for depth in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def number(row: Record, name: str) -> float | None:
+    """A finite number of a row; None where there is none."""
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def having(rows: Iterable[Record], *names: str) -> list[Record]:
+    """The rows that have all these numbers."""
+    return [row for row in rows if all(number(row, name) is not None for name in names)]
+
+
+def budgets_of(rows: Iterable[Record]) -> list[float]:
+    """Budgets of rows, largest first."""
+    return sorted({b for row in rows if (b := number(row, "budget")) is not None}, reverse=True)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run was used: with uniform ranks, and with first and last tokens kept exact."""
+
+    uniform: bool = False
+    sink: int = 0
+    window: int = 0
+
+    def __str__(self) -> str:
+        parts = ["uniform ranks" if self.uniform else ""]
+        parts.append(f"first {self.sink} exact" if self.sink else "")
+        parts.append(f"last {self.window} exact" if self.window else "")
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def plain(self) -> bool:
+        return self == Way()
+
+
+def way_of(row: Record) -> Way:
+    """How the run was used for a row."""
+    sink, window = (int(number(row, name) or 0) for name in ("sink", "window"))
+    return Way(bool(row.get("uniform")), sink, window)
+
+
+def ways(rows: Iterable[Record]) -> list[Way]:
+    """The ways of rows at a budget, the plain one first."""
+    found = {way_of(row) for row in rows if row.get("budget") is not None}
+    return sorted(found, key=lambda way: (way.uniform, way.sink, way.window))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """The rows of one budget, None for the full cache, used in one way."""
+
+    budget: float | None
+    way: Way
+    rows: Sequence[Record]
+
+    def __str__(self) -> str:
+        return percent(self.budget) + (f", {self.way}" if str(self.way) else "")
+
+
+def series(rows: Sequence[Record]) -> list[Series]:
+    """The full cache, then falling budgets, each in all its ways."""
+    full = [row for row in rows if row.get("budget") is None]
+    found = [Series(budget=None, way=Way(), rows=full)] if full else []
+    for budget in budgets_of(rows):
+        at = [row for row in rows if number(row, "budget") == budget]
+        for way in ways(at):
+            its = [row for row in at if way_of(row) == way]
+            found.append(Series(budget=budget, way=way, rows=its))
+    return found
+
+
+def styles(runs: Sequence[Run]) -> dict[float | None, int | None]:
+    """One style for each budget, the same in every picture; None, grey, for the full cache."""
+    rows = [row for run in runs for kind in KINDS if kind != "peers" for row in run.rows[kind]]
+    tables = [budget for run in runs for budget in run.artifact.tables]
+    budgets = sorted({*budgets_of(rows), *tables}, reverse=True)
+    return {None: None} | {budget: index for index, budget in enumerate(budgets)}
+
+
+def line_name(run: Run, runs: Sequence[Run], way: Way) -> str:
+    """A run used in a way, as tables and legends call it."""
+    parts = (run.name if len(runs) > 1 else "", str(way))
+    return ", ".join(part for part in parts if part) or "matkv"
+
+
+def percent(value: float | None) -> str:
+    """A budget as readers write it."""
+    return "full cache" if value is None else f"{100 * value:.4g}%"
+
+
+def title_of(run: Run, runs: Sequence[Run], name: str) -> str:
+    """`name`, with the run's where there are several."""
+    return name if len(runs) == 1 else f"{run.name}, {name}" if name else run.name
+
+
+def slug(run: Run, runs: Sequence[Run], name: str) -> str:
+    """A file name of a picture, of its run where there are several."""
+    return name if len(runs) == 1 else f"{name}-{runs.index(run) + 1}"
+
+
+def as_text(value: Any) -> str:
+    """A setting in a few words: long lists and nested tables are cut short."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {as_text(one)}" for name, one in value.items())
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(as_text(one) for one in value[:8])
+        return shown + (f", … ({len(value)})" if len(value) > 8 else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
