@@ -17,7 +17,7 @@ def test_tables_average_what_they_join() -> None:
         )
     ]
     cells = [list(column.cells) for column in needle_table("t", rows).columns]
-    assert cells == [["50.0%"], ["75 ± 22"], ["1.00"], ["0 ± 0"], ["1.00"]]
+    assert cells == [["1,024"], ["50.0%"], ["75 ± 22"], ["1.00"], ["0 ± 0"], ["1.00"]]
     part = {"budget": None, "perplexity": 8.0, "tokens": 10, "start": 0, "end": 64}
     other = {**part, "perplexity": 2.0, "start": 64, "end": 128}
     cells = [list(column.cells) for column in positions_table("t", [part, other]).columns]

@@ -87,25 +87,24 @@ def needle_table(title: str, rows: Rows) -> Table:
 
     Every depth has as many samples, so that means of rows are means of samples.
     """
-    contexts = list(dict.fromkeys(row["context"] for row in rows))
     table = Table(title=title, title_justify="left")
-    table.add_column("budget", justify="right")
-    for context in contexts:
-        for test in TESTS:
-            table.add_column(f"{test}\n{context:,}", justify="right")
-            table.add_column("\nloss", justify="right")
-    for budget in dict.fromkeys(row["budget"] for row in rows):
+    for name in ("context", "budget"):
+        table.add_column(name, justify="right")
+    for test in TESTS:
+        table.add_column(test, justify="right")
+        table.add_column("loss", justify="right")
+    for context, budget in sorted(
+        dict.fromkeys((row["context"], row["budget"]) for row in rows), key=lambda one: one[0]
+    ):
         cells: list[str] = []
-        for context in contexts:
-            for test in TESTS:
-                name = (budget, context, test)
-                cells += _cells([r for r in rows if _name(r) == name])
-        table.add_row(console.budget_name(budget), *cells)
+        for test in TESTS:
+            cells += _cells([row for row in rows if _name(row) == (context, budget, test)])
+        table.add_row(f"{context:,}", console.budget_name(budget), *cells)
     return table
 
 
-def _name(row: dict[str, Any]) -> tuple[float | None, int, str]:
-    return row["budget"], row["context"], row["test"]
+def _name(row: dict[str, Any]) -> tuple[int, float | None, str]:
+    return row["context"], row["budget"], row["test"]
 
 
 def _cells(rows: Rows) -> tuple[str, str]:
