@@ -96,15 +96,17 @@ def _attend_both(
     queries, rows = query_BHQD.shape[2], latents.rows[0].shape[2]
     if rows == 0:
         return near_BHQD
-    # The last query reads all rows, each one before it a row less.
-    late = slice(max(0, queries - rows), None)
+    # The last query reads all rows, each one before it a row less: the first ones none.
+    early = max(0, queries - rows)
+    near = near_BHQD, lse_near_BHQ
+    if early:
+        query_BHQD = query_BHQD[:, :, early:]
+        near = near_BHQD[:, :, early:], lse_near_BHQ[:, :, early:]
     if mask is not None or exact.start_B is not None:
-        mask = far_mask(exact, mask, min(queries, rows), rows, query_BHQD)
-    far_BHQD, lse_far_BHQ = _attend_rows(
-        latents, query_BHQD[:, :, late], mask, scaling, dropout, attend_part
-    )
-    merged_BHQD = merge(far_BHQD, lse_far_BHQ, near_BHQD[:, :, late], lse_near_BHQ[:, :, late])
-    return torch.cat((near_BHQD[:, :, : late.start], merged_BHQD), dim=2)
+        mask = far_mask(exact, mask, queries - early, rows, query_BHQD)
+    far = _attend_rows(latents, query_BHQD, mask, scaling, dropout, attend_part)
+    merged_BHQD = merge(*far, *near)
+    return torch.cat((near_BHQD[:, :, :early], merged_BHQD), dim=2) if early else merged_BHQD
 
 
 def _attend_rows(
