@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,9 +156,10 @@ def draw_panel(canvas: Canvas, axes: Any, panel: Panel, beside: int = 1) -> None
     _axis(axes.xaxis, axes.set_xscale, axes.get_xlim, panel.x, 0.14 if crowded else 0.07)
     _axis(axes.yaxis, axes.set_yscale, axes.get_ylim, panel.y, 0.08)
     if panel.title:
-        axes.set_title(
-            panel.title, fontsize=FONT, color=canvas.color("ink"), loc="left", fontweight="bold"
-        )
+        room = 44 if canvas.narrow else 120 // beside
+        title = "\n".join(textwrap.wrap(panel.title, room))
+        look = {"color": canvas.color("ink"), "fontweight": "bold"}
+        axes.set_title(title, fontsize=FONT, loc="left", **look)
 
 
 def frame(canvas: Canvas, axes: Any) -> None:
@@ -259,8 +261,8 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
         values = [part * 10.0**power for power in powers for part in parts]
         found = [value for value in values if low <= value <= high]
         if len(found) >= 4:
-            return [(value, f"{value:,.6g}") for value in found]
+            return [(value, f"{value:,.10g}") for value in found]
     step = 10 ** math.floor(math.log10(max(high - low, 1e-9)))
     step *= next(part for part in (0.1, 0.2, 0.5, 1, 2, 5) if (high - low) / (part * step) <= 6)
     count = range(math.ceil(low / step), math.floor(high / step) + 1)
-    return [(index * step, f"{index * step:,.6g}") for index in count]
+    return [(index * step, f"{index * step:,.10g}") for index in count]

@@ -120,7 +120,7 @@ def _measured(runs: Sequence[Run]) -> Table:
         header=("measured", "rows", "date", "with", "command"),
         rows=rows,
         caption="Measurements",
-        words=(2, 3, 4),
+        words=(3, 4),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from matkv.report.figures import Axis, Line, Panel, lines
 from matkv.report.page import Block, Cell, Missing, Table, Text
 from matkv.report.quality import PANELS, Source, source_of, spread
-from matkv.report.runs import Run, having, number, percent
+from matkv.report.runs import Run, amount, having, number, percent
 from matkv.report.theme import Picture
 from matkv.results import Record
 
@@ -159,7 +159,7 @@ def _picture(groups: Sequence[tuple[Source, Sequence[Record]]]) -> Picture:
 def _line(name: str, rows: Sequence[Record], full: Record | None, names: Sequence[str]) -> Line:
     """Plain matkv is drawn stronger, its points with what they keep of the full cache."""
     leads = name == names[0] and any(map(is_ours, rows))
-    shares = [f"{_size(row) / _size(full):.0%}" for row in rows] if leads and full else []
+    shares = [percent(round(_size(row) / _size(full), 3)) for row in rows] if leads and full else []
     style = names.index(name)
     return Line(
         label=name,
@@ -196,7 +196,7 @@ def _cells(row: Record, full: Record | None, *, best: bool) -> list[Cell]:
         Cell(_setting(row)),
         Cell(f"{_size(row):,.0f}"),
         Cell("" if full is None else f"{_size(row) / _size(full):.1%}"),
-        Cell(f"{_loss(row):,.2f}", "" if error is None else f"±{_loss(row) * error:.2f}", best),
-        Cell("" if full is None else f"{_loss(row) / _loss(full):.3f}"),
+        Cell(amount(_loss(row)), "" if error is None else f"±{amount(_loss(row) * error)}", best),
+        Cell("" if full is None else f"{_loss(row) / _loss(full):,.3f}"),
         Cell(str(row.get("note") or "")),
     ]

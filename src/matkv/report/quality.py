@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matkv.report.figures import Axis, Line, Panel, budget_ticks, lines
 from matkv.report.page import Block, Cell, Missing, Table
-from matkv.report.runs import Run, Way, having, line_name, number, percent, way_of, ways
+from matkv.report.runs import Run, Way, amount, having, line_name, number, percent, way_of, ways
 from matkv.report.theme import Picture
 from matkv.results import Record
 
@@ -160,6 +160,6 @@ def _cells(row: Record, full: Record | None) -> list[Cell]:
         Cell(percent(number(row, "budget"))),
         Cell(percent(kept(row)) if row.get("budget") is not None else "100%"),
         Cell("" if size is None else f"{size:,.0f}"),
-        Cell(f"{value:,.2f}", "" if error is None else f"±{value * error:.2f}"),
-        Cell("" if not base else f"{value / base:.3f}"),
+        Cell(amount(value), "" if error is None else f"±{amount(value * error)}"),
+        Cell("" if not base else f"{value / base:,.3f}"),
     ]

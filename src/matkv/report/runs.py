@@ -201,6 +201,11 @@ def percent(value: float | None) -> str:
     return "full cache" if value is None else f"{100 * value:.4g}%"
 
 
+def amount(value: float) -> str:
+    """A perplexity, or its error: two places while they say something."""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
 def title_of(run: Run, runs: Sequence[Run], name: str) -> str:
     """`name`, with the run's where there are several."""
     return name if len(runs) == 1 else f"{run.name}, {name}" if name else run.name
