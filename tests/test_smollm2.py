@@ -16,12 +16,15 @@ import pytest
 import torch
 
 import matkv
-from matkv import data
+from explicit import attend_explicit
+from matkv import data, hf
 from matkv.artifact import Artifact
 from matkv.cache import refill
 from matkv.calibrate import collect_moments
+from matkv.distill import distill
 from matkv.evaluate import evaluate, full_states
 from matkv.ranks import RankTable
+from matkv.recipe import DistillConfig
 from tiny import left_padded, ragged_table, stepwise
 
 pytestmark = pytest.mark.slow
@@ -98,6 +101,34 @@ def test_ragged_cache_equals_the_truncated_forward_pass(
     pieces = stepwise(model, ids, (5, 3), cache)
     assert float((pieces - whole).abs().max()) < 2e-5 * float(whole.abs().max())
     assert cache.used_nbytes == table.nbytes(ids.shape[1], torch.float32)
+
+
+@pytest.fixture(scope="module")
+def distilled(loaded: tuple[Any, Any], artifact: Artifact) -> Artifact:
+    model, tokenizer = loaded
+    windows_NT = data.text_windows(tokenizer, data.read_texts("default", "train"), 64, 1024)
+    return distill(model, artifact, windows_NT, DistillConfig(steps=2, sequence_length=64))
+
+
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("made", ["calibrated", "distilled"])
+def test_the_fast_path_generates_the_tokens_of_the_reference(
+    model: Any,
+    artifact: Artifact,
+    distilled: Artifact,
+    prompts: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    made: str,
+    window: int,
+) -> None:
+    """Left-padded, with ragged ranks, in fp32."""
+    chosen = artifact if made == "calibrated" else distilled
+    ids, mask = left_padded(prompts)
+    matkv.attach(model, chosen, ranks=ragged_table(artifact.geometry), window=window)
+    settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+    fast = model.generate(input_ids=ids, attention_mask=mask, **settings)
+    monkeypatch.setattr(hf, "attend", attend_explicit)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, **settings), fast)
 
 
 def test_perplexity_never_improves_as_rank_shrinks(

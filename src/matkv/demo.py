@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import console, data
+from matkv.allocate import AllocateConfig, allocate
 from matkv.artifact import Artifact
 from matkv.cache import refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments
@@ -22,8 +24,11 @@ from matkv.hf import attach, detach, load_model
 from matkv.plots import plot_quality
 from matkv.recipe import DistillConfig
 
-DISTILL = DistillConfig(objective="end-to-end", minutes=3, lr=1e-2, probe_every=20)
 BUDGETS = (0.875, 0.75, 0.5, 0.375, 0.25)
+DISTILL = DistillConfig(objective="end-to-end", minutes=3, lr=1e-2, probe_every=20)
+# Less text than `matkv allocate` takes by itself: a minute or two instead of several.
+ALLOCATE = AllocateConfig(budgets=BUDGETS, expansions=16, search_tokens=512, held_out_tokens=1024)
+RECENT = 32  # tokens that the last curve keeps exact
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_BUDGET = 0.5
 RESIDENT_TOKENS = 4096
@@ -31,8 +36,17 @@ CALIBRATE_TOKENS = 32_768
 SCORE_TOKENS = 4096
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One line of the plot: an artifact, with its own rank tables or equal ranks, and a window."""
+
+    artifact: Artifact
+    uniform: bool = True
+    window: int = 0
+
+
 def demo(out: Path) -> dict[str, Any]:
-    """Calibrate and distill the default model, compress its cache, generate and measure.
+    """Calibrate, distill and allocate on the default model, compress its cache, and measure.
 
     Prints as it goes, writes `out`/pca, `out`/calibrated, `out`/distilled and `out`/perplexity.png,
     and returns what it measured.
@@ -41,28 +55,35 @@ def demo(out: Path) -> dict[str, Any]:
     with console.err.status(f"loading {DEFAULT_MODEL} (converted once, about 20 s)"):
         model, tokenizer = load_model(DEFAULT_MODEL)
     artifacts = _calibrate(model, tokenizer, out)
-    artifacts["distilled"] = _distill(model, tokenizer, artifacts["calibrated"])
-    artifacts["distilled"].save(out / "distilled")
+    distilled = _distill(model, tokenizer, artifacts["calibrated"])
+    distilled.save(out / "distilled")
+    distilled = _allocate(model, tokenizer, distilled)
+    distilled.save(out / "distilled")
+    curves = {name: Curve(artifact) for name, artifact in artifacts.items()} | {
+        "distilled": Curve(distilled),
+        "with own ranks": Curve(distilled, uniform=False),
+        f"and {RECENT} recent tokens exact": Curve(distilled, uniform=False, window=RECENT),
+    }
     held_out = data.text_windows(
         tokenizer, data.read_texts("default", "validation"), 1024, SCORE_TOKENS
     )
-    rows = _evaluate(model, artifacts, held_out)
+    rows = _evaluate(model, curves, held_out)
     tokens_T = data.text_windows(
         tokenizer, data.read_texts("default", "validation"), RESIDENT_TOKENS, RESIDENT_TOKENS
     )[0]
-    resident = _resident(model, artifacts["distilled"], tokens_T)
-    answers = _answers(model, tokenizer, artifacts["distilled"])
+    resident = _resident(model, distilled, tokens_T)
+    answers = _answers(model, tokenizer, distilled)
     for name, answer in answers.items():
         console.out.print(f"\n[bold]{name}[/bold]: {answer}")
     console.out.print()
     console.out.print(_table(rows, resident))
     full = rows["pca"][0].perplexity
-    curves = {
+    points = {
         name: [(row.budget, row.perplexity) for row in its_rows if row.budget is not None]
         for name, its_rows in rows.items()
     }
     title = f"SmolLM2-135M (4-bit weights), held-out articles, {SCORE_TOKENS:,} tokens"
-    plot = plot_quality(curves, full, out / "perplexity.png", title)
+    plot = plot_quality(points, full, out / "perplexity.png", title)
     seconds = time.perf_counter() - started
     console.out.print(f"artifacts in {out}, plot in {plot}; {seconds:.0f} s in all")
     return {
@@ -108,22 +129,35 @@ def _distill(
         return distill(model, start, train, DISTILL, held_out=held_out[:2], on_progress=update)
 
 
+def _allocate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, artifact: Artifact
+) -> Artifact:
+    """Rank tables for the demo's budgets, searched on training articles."""
+    tokens = ALLOCATE.held_out_tokens + ALLOCATE.expansions * ALLOCATE.search_tokens
+    texts = data.read_texts("default", "train")
+    windows_NT = data.text_windows(tokenizer, texts, 256, tokens)
+    with console.search_progress() as update:
+        return allocate(model, artifact, data.batches(windows_NT, 2), ALLOCATE, on_progress=update)
+
+
 def _evaluate(
-    model: PreTrainedModel, artifacts: dict[str, Artifact], windows_NT: Tensor
+    model: PreTrainedModel, curves: dict[str, Curve], windows_NT: Tensor
 ) -> dict[str, list[Row]]:
-    """Rows of every artifact; the full cache is scored once and heads each list."""
+    """Rows of every curve; the full cache is scored once and heads each list."""
     rows: dict[str, list[Row]] = {}
-    total = windows_NT.numel() * (len(artifacts) * len(BUDGETS) + 1)
+    total = windows_NT.numel() * (len(curves) * len(BUDGETS) + 1)
     with console.token_progress("scoring held-out articles", total) as update:
         done = 0
-        for name, artifact in artifacts.items():
+        for name, curve in curves.items():
             first = not rows
             passes = [None, *BUDGETS] if first else list(BUDGETS)
             rows[name] = evaluate(
                 model,
-                artifact,
+                curve.artifact,
                 windows_NT,
                 BUDGETS,
+                uniform=curve.uniform,
+                window=curve.window,
                 full_cache=first,
                 on_progress=lambda at, tokens, passes=passes, done=done: update(  # type: ignore[misc]
                     done + passes.index(at) * windows_NT.numel() + tokens
