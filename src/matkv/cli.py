@@ -1,4 +1,4 @@
-"""The command line: thin commands over the library. `matkv --help` lists them."""
+"""Compress the KV cache of language models: make an artifact, measure it, use it."""
 
 from __future__ import annotations
 
