@@ -205,3 +205,32 @@ def test_tutorial_runs(tmp_path: Path) -> None:
     )
     assert "full cache" in result.stdout
     assert (tmp_path / "runs" / "tutorial" / "config.json").is_file()
+
+
+def test_items_score_as_through_the_latent_cache(
+    model: Any, artifact: Artifact, loaded: Any
+) -> None:
+    """Log-likelihoods of a padded batch, and the same choices read token by token."""
+    from lm_eval.api.instance import Instance
+
+    from matkv.lm_eval_model import LoadedLM
+
+    tokenizer = loaded[1]
+    pairs = [
+        ("Question: What melts when it is warm?\nAnswer:", " ice"),
+        ("Question: What melts when it is warm?\nAnswer:", " the colour of a number"),
+        ("The lighthouse keeper lit the lamp because", " the night was dark."),
+    ]
+    matkv.attach(model, artifact, ranks=ragged_table(artifact.geometry, 1))
+    lm = LoadedLM(model, tokenizer, batch_size=3)
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs
+    ]
+    for (score, _), (context, choice) in zip(
+        lm.loglikelihood(requests, disable_tqdm=True), pairs, strict=True
+    ):
+        start = len(tokenizer(context).input_ids)
+        ids_BT = tokenizer(context + choice, return_tensors="pt").input_ids
+        log_probs_TV = stepwise(model, ids_BT[:, :-1], (1,))[0].log_softmax(-1)
+        expected = log_probs_TV.gather(-1, ids_BT[0, 1:, None])[start - 1 :].sum()
+        assert score == pytest.approx(float(expected), rel=1e-4)
