@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import matkv
 from matkv.projection import Maps
 from matkv.ranks import RankTable
 from peers import environments, low_rank, ours, presses, quantized, shrink
-from peers.entries import Calibration, entries
+from peers.entries import Calibration, entries, of_artifact
 from peers.protocol import (
     Contestant,
     Method,
@@ -262,6 +263,20 @@ def test_think_counts_the_channels_its_paper_keeps(llama: Tiny) -> None:
     assert counted == full * 0.75 + 3 * 2 * 16 / 8  # a bit a channel
 
 
+def test_converted_attention_gets_the_models_rotary_base(llama: Tiny) -> None:
+    class MLAAttention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._uses_rope, self._rope_config = False, {"base": 10_000.0}
+
+    base = shrink.rope_theta(llama.model.config)
+    assert base == 10_000.0
+    converted = torch.nn.Sequential(MLAAttention())
+    assert shrink.rotary_corrected(converted, 5.0)
+    assert converted[0]._uses_rope and converted[0]._rope_config == {"base": 5.0}
+    assert not shrink.rotary_corrected(converted, 5.0)
+
+
 def test_contestants_are_known_without_their_packages(tmp_path: Path) -> None:
     names = [
         (one.method, one.setting)
@@ -286,6 +301,21 @@ def test_the_entries_of_this_process(llama: Tiny) -> None:
         for entry in found
         if entry.contestant.family == "low rank"
     )
+
+
+def test_stored_tables_come_with_the_variants(llama: Tiny) -> None:
+    artifact = replace(llama.artifact, tables={0.5: llama.ragged()})
+    settings = [one.setting for one in of_artifact("run", artifact, (0.5, 0.25))]
+    assert settings == [
+        "run 100.0% uniform",
+        "run 50.0% adaptive",
+        "run 50.0% adaptive, last 32 exact",
+        "run 50.0% adaptive, exact prefill",
+        "run 50.0% uniform",
+        "run 25.0% uniform",
+        "run 25.0% uniform, last 32 exact",
+        "run 25.0% uniform, exact prefill",
+    ]
 
 
 # ---- another environment

@@ -81,7 +81,7 @@ class Method:
     def read(self, model: Any, context_BT: Tensor) -> Any:
         """A cache that holds `context_BT`."""
         cache = self.new_cache(model)
-        model.model(context_BT, past_key_values=cache, use_cache=True)
+        model.get_decoder()(context_BT, past_key_values=cache, use_cache=True)
         return cache
 
     def held(self, cache: Any) -> tuple[float, float | None]:
