@@ -4,6 +4,7 @@
 #   make test        lint, types and the offline tests, newest supported transformers
 #   make test-min    the same tests on the oldest supported transformers
 #   make test-slow   the tests plus those that use the real default model
+#   make test-report the report in a real browser, a Chromium of the system
 #   make docs        docs/cli.md from the help of every command
 #
 # Another interpreter (3.11 to 3.13): make test PYTHON=python3.12
@@ -17,10 +18,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-slow docs lint clean
+.PHONY: help demo test test-min test-slow test-report docs lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 demo: $(VENV)/.stamp
 	$(VENV)/bin/matkv demo
@@ -33,6 +34,10 @@ test-min: $(VENV_MIN)/.stamp
 
 test-slow: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -m "not gpu and not network"
+
+test-report: $(VENV)/.stamp
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt -e '.[browser]'
+	$(VENV)/bin/python -m pytest -m browser
 
 docs: $(VENV)/.stamp
 	$(VENV)/bin/python docs/cli.py
