@@ -310,10 +310,12 @@ def test_stored_tables_come_with_the_variants(llama: Tiny) -> None:
         "run 100.0% uniform",
         "run 50.0% adaptive",
         "run 50.0% adaptive, last 32 exact",
+        "run 50.0% adaptive, last 128 exact",
         "run 50.0% adaptive, exact prefill",
         "run 50.0% uniform",
         "run 25.0% uniform",
         "run 25.0% uniform, last 32 exact",
+        "run 25.0% uniform, last 128 exact",
         "run 25.0% uniform, exact prefill",
     ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Run:
         return any(key_of(row) == wanted and is_finished(row) for row in load_rows(self.out))
 
     def keep(self, row: Row, **extra: Any) -> None:
-        complete = self.row(row, **extra) | {"made": results.made()}
+        command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
+        complete = self.row(row, **extra) | {"made": results.made(command=command)}
         save_row(self.out, complete)
         value = complete["perplexity"]
         figure = complete["note"] if value is None else f"perplexity {value:.2f}"

@@ -15,7 +15,7 @@ from matkv.ranks import RankTable
 from . import low_rank, ours
 from .protocol import Contestant, Method
 
-WINDOW = 32
+WINDOWS = (32, 128)  # the second is what QuantizedCache may keep exact
 CALIBRATION_WINDOW = 512
 
 
@@ -104,7 +104,7 @@ def of_artifact(name: str, artifact: Artifact, budgets: Sequence[float]) -> Iter
     """matkv as it ships; at the best ranks also with an exact window and with an exact prefill."""
     variants: dict[str, dict[str, Any]] = {
         "": {},
-        f", last {WINDOW} exact": {"window": WINDOW},
+        **{f", last {window} exact": {"window": window} for window in WINDOWS},
         ", exact prefill": {"exact_prefill": True},
     }
     for label, table, is_best in tables(artifact, budgets):
