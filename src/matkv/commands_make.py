@@ -156,6 +156,10 @@ def _settings(recipe: Path | None, given: dict[str, Any]) -> DistillConfig:
     return DistillConfig.from_dict(settings)
 
 
+# Sequences searched together have at most this many tokens: their logits are in memory at once.
+BATCH_TOKENS = 2048
+
+
 def allocate_command(
     run: RunArg,
     out: OutOpt = None,
@@ -189,6 +193,7 @@ def allocate_command(
     ] = None,
     expansions: Annotated[int, typer.Option(help="fisher: points on the way down", min=1)] = 36,
     search_tokens: Annotated[int, typer.Option(help="tokens read at a time", min=1)] = 2048,
+    window: Annotated[int, typer.Option(help="tokens of one sequence", min=2)] = 1024,
     drops: Annotated[int, typer.Option(help="greedy: drops a round", min=1)] = 1,
     picture: Annotated[Path | None, typer.Option(help="heat map of the first budget, PNG")] = None,
     model_name: ModelOpt = None,
@@ -222,8 +227,8 @@ def allocate_command(
     limit = config.held_out_tokens
     if tasks is None:
         limit += config.expansions * config.search_tokens
-    windows = data.text_windows(tokenizer, data.read_texts(text, "train"), 256, limit)
-    batches: Iterator[Any] = data.batches(windows, 8)
+    windows = data.text_windows(tokenizer, data.read_texts(text, "train"), window, limit)
+    batches: Iterator[Any] = data.batches(windows, max(1, BATCH_TOKENS // window))
     if tasks is not None:  # verified on the text all the same
         solved = training_texts(tasks.split(","), tasks_dir)
         batches = chain(batches, text_batches(tokenizer, solved, 8))
