@@ -21,6 +21,7 @@ from matkv.report.accuracy import full_of, retention, scores
 from matkv.report.headline import choose, headline
 from matkv.report.page import Block, Missing, Sample, Table
 from matkv.report.peers import front, verdict
+from matkv.report.quality import readable
 from matkv.report.runs import Run, read_runs
 from matkv.report.theme import DARK, LIGHT, Picture
 from tiny import tiny
@@ -319,3 +320,9 @@ def test_runs_must_be_different_and_of_one_model(full_run: Path, tmp_path: Path)
     with pytest.raises(MatkvError, match="of several models"):
         read_runs([full_run, tmp_path / "other"])
     assert isinstance(Artifact.load(full_run), Artifact)
+
+
+def test_what_collapses_does_not_hide_the_rest() -> None:
+    assert readable([16.0, 30.0], 15.0) is None
+    assert readable([16.0, 9000.0], 15.0) == (11.25, 300.0)
+    assert readable([9000.0], None) is None

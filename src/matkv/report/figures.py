@@ -44,7 +44,7 @@ class Line:
 class Axis:
     """An axis: its label, whether it is logarithmic, and its ticks where those are fixed.
 
-    `zero` starts it there, `top` ends it.
+    `zero` starts it there, `top` ends it; of what is outside `span` nothing is drawn.
     """
 
     label: str
@@ -53,6 +53,7 @@ class Axis:
     percent: bool = False
     zero: bool = False
     top: float | None = None
+    span: Point | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,10 @@ def draw_panel(canvas: Canvas, axes: Any, panel: Panel, beside: int = 1) -> None
         axes.set_ylim(bottom=0)
     if panel.y.top is not None:
         axes.set_ylim(top=panel.y.top)
+    if panel.y.span is not None:
+        axes.set(yscale="log" if panel.y.log else "linear", ylim=panel.y.span)
+        for drawn in axes.lines:
+            drawn.set_clip_on(True)
     crowded = canvas.narrow or beside > 1
     _axis(axes.xaxis, axes.set_xscale, axes.get_xlim, panel.x, 0.14 if crowded else 0.07)
     _axis(axes.yaxis, axes.set_yscale, axes.get_ylim, panel.y, 0.08)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from matkv.report.figures import Axis, Line, Panel, lines
 from matkv.report.page import Block, Cell, Missing, Table, Text
-from matkv.report.quality import PANELS, Source, source_of, spread
+from matkv.report.quality import CUT, PANELS, Source, readable, source_of, spread
 from matkv.report.runs import Run, amount, having, number, percent
 from matkv.report.theme import Picture
 from matkv.results import Record
@@ -136,12 +136,17 @@ def _picture(groups: Sequence[tuple[Source, Sequence[Record]]]) -> Picture:
     panels = []
     for source, rows in groups:
         full = next((row for row in rows if is_full(row)), None)
+        values = [_loss(row) for row in rows]
         drawn = [_line(name, front(_of(rows, name)), full, names) for name in names]
         panels.append(
             Panel(
                 title=str(source),
                 x=Axis(label="bytes a token of cache, everything counted"),
-                y=Axis(label="perplexity", log=True),
+                y=Axis(
+                    label="perplexity",
+                    log=True,
+                    span=readable(values, _loss(full) if full else None),
+                ),
                 lines=[line for line in drawn if line.points],
                 levels=[(_loss(full), f"full cache {_loss(full):.2f}")] if full else [],
             )
@@ -152,7 +157,7 @@ def _picture(groups: Sequence[tuple[Source, Sequence[Record]]]) -> Picture:
         text="Perplexity against cache bytes a token for every method measured in one run.",
         caption="Lower and further left is better; of each method the settings that none of its "
         "own beats. All in one run on the same model and text; scales, zero points, exact windows "
-        "and projections are counted.",
+        "and projections are counted. " + (CUT if any(panel.y.span for panel in panels) else ""),
     )
 
 

@@ -13,6 +13,9 @@ from matkv.report.theme import Picture
 from matkv.results import Record
 
 PANELS = 4
+# Beyond so many times the full cache's perplexity a model talks nonsense, more or less of it.
+CEILING = 20
+CUT = f"Perplexities beyond {CEILING} times the full cache's are cut off; the tables have them."
 COMMAND = "matkv evaluate RUN --budget 0.75 --budget 0.5 --budget 0.25"
 
 
@@ -101,6 +104,13 @@ def spread(row: Record) -> tuple[float, float]:
     return value * (1 - error), value * (1 + error)
 
 
+def readable(values: Sequence[float], full: float | None) -> tuple[float, float] | None:
+    """The span of perplexities to draw where some are so high that the others would look alike."""
+    if full is None or max(values, default=0.0) <= CEILING * full:
+        return None
+    return 0.75 * min(*values, full), CEILING * full
+
+
 def _picture(runs: Sequence[Run], shown: Sequence[Source]) -> Picture:
     labels = list(dict.fromkeys(c.label for source in shown for c in curves(runs, source)))
     panels = []
@@ -108,12 +118,13 @@ def _picture(runs: Sequence[Run], shown: Sequence[Source]) -> Picture:
         its = curves(runs, source)
         full = full_row(runs, source)
         value = None if full is None else number(full, "perplexity")
+        values = [number(row, "perplexity") or 0.0 for curve in its for row in curve.rows]
         panels.append(
             Panel(
                 title=str(source),
                 x=Axis(label="cache bytes kept", ticks=budget_ticks([kept(r) for c in its
                                                                      for r in c.rows])),
-                y=Axis(label="perplexity", log=True),
+                y=Axis(label="perplexity", log=True, span=readable(values, value)),
                 lines=[
                     Line(
                         label=curve.label,
@@ -130,7 +141,8 @@ def _picture(runs: Sequence[Run], shown: Sequence[Source]) -> Picture:
         "quality",
         panels,
         text="Perplexity against the share of cache bytes kept, a line for each run.",
-        caption="Lower is better; further left is smaller. Bars: one standard error.",
+        caption="Lower is better; further left is smaller. Bars: one standard error. "
+        + (CUT if any(panel.y.span for panel in panels) else ""),
     )
 
 
