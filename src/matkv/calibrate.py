@@ -29,20 +29,24 @@ class CalibrateConfig:
     """How to calibrate.
 
     `key` and `value` name the bases (see `moments.key_maps` and `moments.value_maps`); the first
-    `skip_first` tokens of every sequence are left out of the moments.
+    `skip_first` tokens of every sequence are left out of the moments. `sink` and `window`, the
+    numbers of first and last tokens that `attach` keeps exact, are only stored.
     """
 
     key: KeyBasis = "query"
     value: ValueBasis = "output"
     skip_first: int = 0
+    sink: int = 0
+    window: int = 0
 
     def __post_init__(self) -> None:
         if self.key not in KEY_BASES:
             raise RankError(f"key basis {self.key!r} must be one of {', '.join(KEY_BASES)}")
         if self.value not in VALUE_BASES:
             raise RankError(f"value basis {self.value!r} must be one of {', '.join(VALUE_BASES)}")
-        if self.skip_first < 0:
-            raise RankError(f"skip_first {self.skip_first} must be 0 or more")
+        for name in ("skip_first", "sink", "window"):
+            if getattr(self, name) < 0:
+                raise RankError(f"{name} {getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def artifact_from(
         geometry=geometry_of(model.config),
         fingerprint=fingerprint(model),
         bases=bases,  # type: ignore[arg-type]
+        sink=config.sink,
+        window=config.window,
     )
     return artifact.with_history("calibrate", **asdict(config), tokens=tokens)
 
