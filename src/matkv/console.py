@@ -190,13 +190,14 @@ def _without_nan(data: Any) -> Any:
 def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Budgets with bytes a token and perplexity, against the full cache where it was measured."""
     table = Table(title=title, title_justify="left")
-    for name in ("budget", "kept", "bytes/token", "perplexity", "× full"):
+    for name in ("budget", "kept", "with exact", "bytes/token", "perplexity", "× full"):
         table.add_column(name, justify="right")
     full = next((row["perplexity"] for row in rows if row["budget"] is None), None)
     for row in rows:
         table.add_row(
             budget_name(row["budget"]),
             f"{row['kept']:.1%}",
+            f"{row.get('held', row['kept']):.1%}",
             f"{row['bytes_per_token']:,}",
             f"{row['perplexity']:.2f}",
             "" if full is None else f"{row['perplexity'] / full:.3f}",

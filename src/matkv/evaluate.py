@@ -52,7 +52,8 @@ KEYS = (
 class Row:
     """One line of an evaluation; `budget` is None for the full cache.
 
-    `kept` is the fraction of bytes that the ranks really keep, never above `budget`.
+    `kept` is the fraction of bytes that the ranks really keep, never above `budget`; `held` the
+    fraction of the full cache that is held after a whole window of text, tokens kept exact counted.
     `bytes_per_token` is what each further token of one sequence adds, in the model's dtype;
     `tokens` the number of predicted tokens; `stderr` the standard error of the mean log-likelihood
     over windows.
@@ -60,6 +61,7 @@ class Row:
 
     budget: float | None
     kept: float
+    held: float
     perplexity: float
     stderr: float
     bytes_per_token: int
@@ -128,6 +130,8 @@ def evaluate(
         FingerprintError, BudgetError, DataError: see `attach` and `perplexity`.
     """
     tables = {budget: artifact.table(budget, uniform=uniform) for budget in budgets}
+    exact = artifact.sink if sink is None else sink
+    exact += artifact.window if window is None else window
     detach(model)
     rows = []
     try:
@@ -136,7 +140,7 @@ def evaluate(
             if budget is not None:
                 table = tables[budget]
                 attach(model, artifact, ranks=table, sink=sink, window=window)
-            rows.append(_row(model, windows_NT, budget, table, on_progress))
+            rows.append(_row(model, windows_NT, budget, table, exact, on_progress))
     finally:
         detach(model)
     return rows
@@ -147,6 +151,7 @@ def _row(
     windows_NT: Tensor,
     budget: float | None,
     table: RankTable,
+    exact: int,
     on_progress: Callable[[float | None, int], None] | None,
 ) -> Row:
     def report(tokens: int) -> None:
@@ -155,9 +160,11 @@ def _row(
 
     started = time.perf_counter()
     value, stderr, tokens = perplexity(model, windows_NT, on_progress=report)
+    at_full_width = min(1.0, exact / windows_NT.shape[1])
     return Row(
         budget=budget,
         kept=table.budget,
+        held=at_full_width + (1 - at_full_width) * table.budget,
         perplexity=value,
         stderr=stderr,
         bytes_per_token=table.bytes_per_token(model.dtype),
