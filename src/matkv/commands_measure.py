@@ -43,6 +43,7 @@ def benchmark_command(
     batch: Annotated[list[int] | None, typer.Option(help="sequences, repeatable")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
     steps: Annotated[int, typer.Option(help="rounds of each measurement", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="of states, and of ranks with --attention")] = 0,
     heads: Annotated[int, typer.Option(help="query heads, with --attention", min=1)] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads, with --attention", min=1)] = 32,
     head_dim: Annotated[int, typer.Option(help="with --attention", min=1)] = 128,
@@ -70,6 +71,7 @@ def benchmark_command(
             device=device or "cpu",
             threads=threads,
             rounds=steps,
+            seed=seed,
         )
         result = attention_benchmark(case)
         if as_json:
@@ -83,6 +85,7 @@ def benchmark_command(
         steps=steps,
         uniform=uniform,
         threads=threads,
+        seed=seed,
     )
     if random_weights is not None:
         model = random_model(
