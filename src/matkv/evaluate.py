@@ -27,6 +27,7 @@ from matkv.cache import new_cache
 from matkv.errors import DataError
 from matkv.hf import attach, detach, geometry_of
 from matkv.ranks import RankTable
+from matkv.store import Store
 
 # Logits of at most this many elements are turned to fp32 at once (256 MiB).
 MAX_LOGITS = 1 << 26
@@ -202,7 +203,7 @@ def perplexity_rows(
     Raises:
         FingerprintError, BudgetError, DataError, ArtifactError: see `evaluate` and `save_rows`.
     """
-    known = {} if config.again else {_key(row): row for row in results.load_rows(run, KIND)}
+    store = Store(run, KIND, KEYS, again=config.again)
     shared = {
         "artifact": results.digest(artifact),
         "text": config.text,
@@ -214,7 +215,7 @@ def perplexity_rows(
     records = []
     for budget in budgets:
         about = shared | _about(artifact, budget, config)
-        record = known.get(_key(about))
+        record = store.find(about)
         if record is None:
             row = evaluate(
                 model,
@@ -227,8 +228,7 @@ def perplexity_rows(
                 full_cache=budget is None,
                 on_progress=on_progress,
             )[0]
-            record = about | row.to_json() | {"made": results.made()}
-            results.save_rows(run, KIND, [record], KEYS)
+            (record,) = store.add([about | row.to_json()])
         records.append(record)
     return records
 
@@ -244,10 +244,6 @@ def _about(artifact: Artifact, budget: float | None, config: TextConfig) -> resu
         "sink": artifact.sink if config.sink is None else config.sink,
         "window": artifact.window if config.window is None else config.window,
     }
-
-
-def _key(record: results.Record) -> tuple[Any, ...]:
-    return tuple(record.get(name) for name in KEYS)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matkv import results
 from matkv.results import Record
@@ -26,9 +27,9 @@ class Store:
     def find(self, identity: Record) -> Record | None:
         return self.rows.get(self._key(identity))
 
-    def add(self, rows: Sequence[Record]) -> list[Record]:
-        """Keep new rows, at once; returns them with how they were made."""
-        new = [{**row, "made": results.made()} for row in rows]
+    def add(self, rows: Sequence[Record], **settings: Any) -> list[Record]:
+        """Keep new rows, at once; returns them with how they were made, `settings` included."""
+        new = [{**row, "made": results.made(**settings)} for row in rows]
         self.rows |= {self._key(row): row for row in new}
         if self.run is not None:
             results.save_rows(self.run, self.kind, new, self.keys)

@@ -18,6 +18,7 @@ from matkv.artifact import Artifact
 from matkv.errors import DataError
 from matkv.hf import attach, detach
 from matkv.ranks import RankTable
+from matkv.store import Store
 from matkv.task_files import LoadedTask, require_lm_eval
 from matkv.task_scores import accuracy, bits
 
@@ -106,33 +107,25 @@ def score_tasks(
         budget: None if budget is None else artifact.table(budget, uniform=config.uniform)
         for budget in budgets
     }
-    known = {} if run is None or config.again else _known(run)
+    store = Store(run, KIND, KEYS, again=config.again)
     detach(model)
     lm = LoadedLM(model, tokenizer, batch_size=config.batch_size)
     digest = results.digest(artifact)
+    how = {"seed": config.seed, "batch_size": config.batch_size, "lm_eval": version("lm-eval")}
     rows = []
     try:
         for budget, table in tables.items():
             for loaded in tasks:
                 about = _about(artifact, digest, model, budget, table, loaded, config)
-                row = known.get(_key(about))
+                row = store.find(about)
                 if row is None:
                     _ready(model, artifact, table, config)
-                    row = about | _score(lm, loaded, budget, config, on_progress)
-                    if run is not None:
-                        results.save_rows(run, KIND, [row], KEYS)
+                    found = about | _score(lm, loaded, budget, config, on_progress)
+                    (row,) = store.add([found], **how)
                 rows.append(row)
     finally:
         detach(model)
     return rows
-
-
-def _known(run: Path) -> dict[tuple[Any, ...], results.Record]:
-    return {_key(row): row for row in results.load_rows(run, KIND)}
-
-
-def _key(row: results.Record) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in KEYS)
 
 
 def _about(
@@ -212,9 +205,6 @@ def _score(
         "correct": right,
         "correct_norm": right_norm,
         "seconds": round(time.perf_counter() - started, 2),
-        "made": results.made(
-            seed=config.seed, batch_size=config.batch_size, lm_eval=version("lm-eval")
-        ),
     }
 
 
