@@ -33,7 +33,7 @@ from matkv.recipe import DistillConfig
 
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 SHARES = ((0.25, 0.5), (0.375, 0.375), (0.5, 0.25))  # (keys, values) of a 37.5% budget
-BATCH, LENGTH = 4, 256
+BATCH, LENGTH, LOCAL_BATCH = 4, 256, 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ VARIANTS = (
     Variant("from pca/pca", start="pca/pca"),
     Variant("from query/pca", start="query/pca"),
     Variant("from the identity", start="identity"),
+    Variant("local stage", {"objective": "local"}),
     Variant("window of 32 exact tokens", {"window": 32}),
     Variant("LoRA of rank 16", {"lora_rank": 16}),
 )
@@ -107,6 +108,8 @@ def measured(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, 
             sequence_length=LENGTH,
             batch_size=BATCH,
             warmup_steps=max(1, steps // 10),
+            local_steps=max(1, options.passes // LOCAL_BATCH),
+            local_batch_size=LOCAL_BATCH,
             **variant.settings,
         )
         started = time.perf_counter()

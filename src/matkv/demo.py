@@ -27,7 +27,7 @@ from matkv.recipe import DistillConfig
 BUDGETS = (0.875, 0.75, 0.5, 0.375, 0.25)
 DISTILL = DistillConfig(objective="end-to-end", minutes=3, lr=1e-2, probe_every=20)
 # Less text than `matkv allocate` takes by itself: a minute or two instead of several.
-ALLOCATE = AllocateConfig(budgets=BUDGETS, expansions=16, search_tokens=512, held_out_tokens=1024)
+ALLOCATE = AllocateConfig(budgets=BUDGETS, expansions=12, search_tokens=1024, held_out_tokens=1024)
 RECENT = 32  # tokens that the last curve keeps exact
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_BUDGET = 0.5
@@ -135,7 +135,7 @@ def _allocate(
     """Rank tables for the demo's budgets, searched on training articles."""
     tokens = ALLOCATE.held_out_tokens + ALLOCATE.expansions * ALLOCATE.search_tokens
     texts = data.read_texts("default", "train")
-    windows_NT = data.text_windows(tokenizer, texts, 256, tokens)
+    windows_NT = data.text_windows(tokenizer, texts, 512, tokens)
     with console.search_progress() as update:
         return allocate(model, artifact, data.batches(windows_NT, 2), ALLOCATE, on_progress=update)
 
