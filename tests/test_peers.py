@@ -14,10 +14,12 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 import matkv
+from matkv.cache import attached_projections
+from matkv.lora import Lora
 from matkv.projection import Maps
 from matkv.ranks import RankTable
 from peers import environments, low_rank, ours, presses, quantized, shrink
-from peers.entries import Calibration, entries, of_artifact
+from peers.entries import Calibration, entries, of_artifact, of_latents
 from peers.protocol import (
     Contestant,
     Method,
@@ -100,7 +102,8 @@ def test_ranks_and_windows_cost_their_bytes(
     llama: Tiny, windows: torch.Tensor, exact_prefill: bool
 ) -> None:
     table = RankTable.uniform(llama.geometry, 0.5)
-    method = ours.Latent(llama.artifact, table, window=4, exact_prefill=exact_prefill)
+    exact = ours.Exact(window=4)
+    method = ours.Latent(llama.artifact, table, exact=exact, exact_prefill=exact_prefill)
     row = score(llama.model, windows, PROTOCOL, method)
     expected = sum(table.nbytes(n, torch.float32, window=4) for n in (25, 30, 31)) / (25 + 30 + 31)
     assert row["bytes_per_token"] == pytest.approx(expected)
@@ -157,6 +160,113 @@ def test_fine_codes_score_as_the_latents_themselves(
     assert coarse["losses"] != pytest.approx(latents["losses"], abs=5e-3)
     assert coarse["bytes_per_token"] < coded["bytes_per_token"]
     assert coded["fixed_bytes"] == latents["fixed_bytes"]
+
+
+EXACT = [ours.Exact(window=6), ours.Exact(sink=3, window=6), ours.Exact(window=32)]
+
+
+@pytest.mark.parametrize("exact", EXACT, ids=lambda exact: str(exact)[2:])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_fine_codes_with_exact_tokens_score_as_matkv_with_them(
+    llama: Tiny, windows: torch.Tensor, rotated: bool, exact: ours.Exact
+) -> None:
+    table, artifact = llama.ragged(), llama.artifact
+    shipped = score(llama.model, windows, PROTOCOL, ours.Latent(artifact, table, exact=exact))
+    fine = ours.Codes(bits=16, rotated=rotated)
+    coded = score(llama.model, windows, PROTOCOL, ours.LatentCodes(artifact, table, fine, exact))
+    assert coded["losses"] == pytest.approx(shipped["losses"], abs=5e-3)
+    without = score(llama.model, windows, PROTOCOL, ours.LatentCodes(artifact, table, fine))
+    assert coded["losses"] != pytest.approx(without["losses"], abs=2e-2)
+
+
+@pytest.mark.parametrize("exact", EXACT, ids=lambda exact: str(exact)[2:])
+def test_without_quantization_exact_tokens_are_matkvs_own(
+    llama: Tiny, windows: torch.Tensor, exact: ours.Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "fake_quantize", lambda z_BTR, codes: z_BTR)
+    table, artifact, codes = llama.ragged(), llama.artifact, ours.Codes(bits=4)
+    shipped = score(llama.model, windows, PROTOCOL, ours.Latent(artifact, table, exact=exact))
+    coded = score(llama.model, windows, PROTOCOL, ours.LatentCodes(artifact, table, codes, exact))
+    assert coded["losses"] == pytest.approx(shipped["losses"], abs=1e-5)
+
+
+def test_exact_tokens_pay_for_full_width_and_codes_for_the_others(
+    llama: Tiny, windows: torch.Tensor
+) -> None:
+    table, codes, exact = llama.ragged(), ours.Codes(bits=4), ours.Exact(sink=3, window=6)
+    method = ours.LatentCodes(llama.artifact, table, codes, exact)
+    row = score(llama.model, windows, PROTOCOL, method)
+    a_token = sum(codes.nbytes(rank) for *_, rank in table.growing_ranks())
+    full, lengths = full_bytes_per_token(llama.model), (25, 30, 31)
+    expected = sum((tokens - 9) * a_token + 9 * full for tokens in lengths) / sum(lengths)
+    assert row["bytes_per_token"] == pytest.approx(expected)
+    short = DynamicCache(config=llama.model.config)
+    llama.model(windows[:1, :5], past_key_values=short)
+    assert method.held(short)[0] == 5 * full
+
+
+def test_what_an_artifact_stores_is_used_only_where_a_row_names_it(llama: Tiny) -> None:
+    settings: dict[tuple[int, int], tuple[str, ...]] = {
+        (0, 0): ("", "last 32", "last 128"),
+        (0, 32): ("", "last 32", "last 128"),
+        (4, 32): ("", "last 32", "last 128", "first 4 and last 32"),
+    }
+    for (sink, window), wanted in settings.items():
+        artifact = replace(llama.artifact, sink=sink, window=window)
+        used: dict[str, tuple[int, int]] = {}
+        for one in of_artifact("run", artifact, (0.5,)):
+            with one.build().applied(llama.model) as model:
+                projections = attached_projections(model).values()
+                ((its_sink, its_window),) = {(p.sink, p.window) for p in projections}
+            if not one.setting.endswith("exact prefill"):
+                used[one.setting.partition("uniform")[2]] = its_sink, its_window
+            else:
+                assert (its_sink, its_window) == (0, 0)
+        every = {"first 4 and last 32": (4, 32), "last 32": (0, 32), "last 128": (0, 128)}
+        assert used == {
+            f", {name} exact" if name else "": every.get(name, (0, 0)) for name in wanted
+        }
+
+
+def test_rows_of_latents_do_not_depend_on_what_an_artifact_stores(
+    llama: Tiny, windows: torch.Tensor
+) -> None:
+    stored = replace(llama.artifact, window=32)
+    rows = {
+        window: {
+            one.name: attempt(one, llama.model, windows[:1], PROTOCOL)
+            for one in of_latents("run", artifact, (0.5,))
+            if "50" in one.name
+        }
+        for window, artifact in ((0, llama.artifact), (32, stored))
+    }
+    assert [name.partition(" run ")[2] for name in rows[32]] == [
+        f"50.0% uniform{rotated}{exact}"
+        for rotated in ("", "", ", rotated")
+        for exact in ("", ", last 32 exact")
+    ]
+    for name, row in rows[0].items():
+        assert row["losses"] == rows[32][name]["losses"]
+        # Every token of these windows is within the last 32.
+        assert (row["growing_budget"] == 1) == name.endswith("last 32 exact")
+
+
+def test_latents_of_an_adapted_model_are_those_of_matkv(llama: Tiny, windows: torch.Tensor) -> None:
+    weight = llama.model.model.layers[0].self_attn.k_proj.weight
+    before, path = weight.detach().clone(), "base_model.model.model.layers.0.self_attn.k_proj"
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"{path}.lora_A.weight": torch.randn(1, weight.shape[1], generator=generator),
+        f"{path}.lora_B.weight": torch.randn(weight.shape[0], 1, generator=generator),
+    }
+    artifact = replace(llama.artifact, lora=Lora({"r": 1, "lora_alpha": 0.2}, tensors))
+    table, fine = RankTable.uniform(llama.geometry, 0.5), ours.Codes(bits=16)
+    shipped = score(llama.model, windows, PROTOCOL, ours.Latent(artifact, table))
+    coded = score(llama.model, windows, PROTOCOL, ours.LatentCodes(artifact, table, fine))
+    assert coded["losses"] == pytest.approx(shipped["losses"], abs=5e-3)
+    assert torch.equal(weight, before)
+    plain = score(llama.model, windows, PROTOCOL, ours.LatentCodes(llama.artifact, table, fine))
+    assert coded["losses"] != pytest.approx(plain["losses"], abs=1e-2)
 
 
 def test_rotation_keeps_the_projection() -> None:

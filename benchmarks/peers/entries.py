@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 from matkv import Artifact, CalibrateConfig, data, results
@@ -16,6 +17,7 @@ from . import low_rank, ours
 from .protocol import Contestant, Method
 
 WINDOWS = (32, 128)  # the second is what QuantizedCache may keep exact
+CODED_WINDOW = 32  # that of quantized latents
 CALIBRATION_WINDOW = 512
 
 
@@ -100,13 +102,19 @@ def tables(artifact: Artifact, budgets: Sequence[float]) -> list[tuple[str, Rank
     return found
 
 
+def exact_choices(artifact: Artifact, windows: Sequence[int]) -> list[ours.Exact]:
+    """None, these windows, and what the artifact stores where that is something else."""
+    choices = [ours.NONE, *(ours.Exact(window=window) for window in windows)]
+    stored = ours.Exact(sink=artifact.sink, window=artifact.window)
+    return choices if stored in choices else [*choices, stored]
+
+
 def of_artifact(name: str, artifact: Artifact, budgets: Sequence[float]) -> Iterator[Contestant]:
-    """matkv as it ships; at the best ranks also with an exact window and with an exact prefill."""
+    """matkv without exact tokens; at the best ranks also with some, and with an exact prefill."""
     variants: dict[str, dict[str, Any]] = {
-        "": {},
-        **{f", last {window} exact": {"window": window} for window in WINDOWS},
-        ", exact prefill": {"exact_prefill": True},
+        str(exact): {"exact": exact} for exact in exact_choices(artifact, WINDOWS)
     }
+    variants[", exact prefill"] = {"exact_prefill": True}
     for label, table, is_best in tables(artifact, budgets):
         for variant, options in variants.items():
             if variant and (not is_best or table.budget == 1):
@@ -120,15 +128,16 @@ def of_artifact(name: str, artifact: Artifact, budgets: Sequence[float]) -> Iter
 
 
 def of_latents(name: str, artifact: Artifact, budgets: Sequence[float]) -> Iterator[Contestant]:
-    """matkv's latents in 8 and 4 bits at the best ranks, the full one too."""
+    """Latents in 8 and 4 bits at the best ranks, the full one too; also with exact tokens."""
+    codings = [ours.Codes(bits=8), ours.Codes(bits=4), ours.Codes(bits=4, rotated=True)]
+    choices = exact_choices(artifact, [CODED_WINDOW])
     for label, table, is_best in tables(artifact, budgets):
-        for bits, rotated in ((8, False), (4, False), (4, True)) if is_best else ():
-            codes = ours.Codes(bits=bits, rotated=rotated)
+        for codes, exact in product(codings, choices) if is_best else ():
             yield Contestant(
-                method=f"matkv latents int{bits}",
-                setting=f"{name} {label}{', rotated' if rotated else ''}",
+                method=f"matkv latents int{codes.bits}",
+                setting=f"{name} {label}{', rotated' if codes.rotated else ''}{exact}",
                 family="matkv + quantization",
-                build=partial(ours.LatentCodes, artifact, table, codes),
+                build=partial(ours.LatentCodes, artifact, table, codes, exact),
             )
 
 

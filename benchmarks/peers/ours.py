@@ -1,12 +1,14 @@
 """matkv itself, with stored or uniform ranks, an exact window, an exact prefill; quantized latents.
 
 `exact prefill` reads the context with the full cache and compresses it afterwards, as the other
-methods here do; matkv as it ships attends to latents from the first token on.
+methods here do; matkv as it ships attends to latents from the first token on. Which tokens are kept
+exact is said by `Exact` alone: what an artifact stores for its use counts only where it is named.
 
 Quantized latents are simulated: each latent goes to integer codes and back before attention, by
 token, head and side, in groups of neighbouring columns with a scale and a zero point of 16 bits
 each. `rotated` turns the kept columns by a random orthogonal matrix first, which spreads the large
-leading columns evenly and costs nothing, as it can be merged into the bases.
+leading columns evenly and costs nothing, as it can be merged into the bases. Exact tokens have no
+codes: they are read at full width and pay for it in the model's dtype, until they leave the window.
 
 Shapes: B batch, G KV head, T token, D head dim, R rank.
 """
@@ -23,7 +25,6 @@ from torch import Tensor
 
 from matkv import Artifact, LatentCache, attach, detach
 from matkv.cache import attached_projections, refill
-from matkv.errors import MatkvError
 from matkv.evaluate import full_states
 from matkv.hf import handled
 from matkv.latents import LayerProjection, Projected
@@ -36,6 +37,27 @@ GROUP = 32  # latent columns that share a scale and a zero point
 SCALE_NBYTES = 4  # a scale and a zero point of 16 bits each
 
 
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """The tokens a cache holds at full width: the first `sink` and the last `window`."""
+
+    sink: int = 0
+    window: int = 0
+
+    def __str__(self) -> str:
+        """As a part of a row's setting, empty where there are none."""
+        parts = [(self.sink, "first"), (self.window, "last")]
+        told = " and ".join(f"{name} {count}" for count, name in parts if count)
+        return f", {told} exact" if told else ""
+
+    def among(self, tokens: int) -> int:
+        """How many of so many tokens are exact."""
+        return min(tokens, self.sink + self.window)
+
+
+NONE = Exact()
+
+
 class Latent(Method):
     """An artifact at given ranks."""
 
@@ -46,10 +68,10 @@ class Latent(Method):
         artifact: Artifact,
         table: RankTable,
         *,
-        window: int | None = None,
+        exact: Exact = NONE,
         exact_prefill: bool = False,
     ) -> None:
-        self.artifact, self.table, self.window = artifact, table, window
+        self.artifact, self.table, self.exact = artifact, table, exact
         self.exact_prefill = exact_prefill
 
     @contextmanager
@@ -60,7 +82,8 @@ class Latent(Method):
             detach(model)
 
     def _attach(self, model: Any) -> Any:
-        return attach(model, self.artifact, ranks=self.table, window=self.window)
+        sink, window = self.exact.sink, self.exact.window
+        return attach(model, self.artifact, ranks=self.table, sink=sink, window=window)
 
     def new_cache(self, model: Any) -> Any:
         return LatentCache(model)
@@ -68,7 +91,8 @@ class Latent(Method):
     def read(self, model: Any, context_BT: Tensor) -> Any:
         if not self.exact_prefill:
             return super().read(model, context_BT)
-        states = full_states(detach(model), context_BT[0])
+        with adapted(detach(model), self.artifact):
+            states = full_states(model, context_BT[0])
         return refill(self._attach(model), states)
 
     def held(self, cache: Any) -> tuple[float, float | None]:
@@ -124,10 +148,20 @@ def turned(maps: Maps, ranks: LayerRanks) -> list[tuple[Tensor, Tensor]]:
 
 
 class QuantizedLatents(Projected):
-    """One layer's keys and values through quantized latents and back to full width."""
+    """One layer's keys and values through quantized latents and back to full width, the sink's not.
 
-    def __init__(self, maps: tuple[Maps, Maps], ranks: list[LayerRanks], codes: Codes) -> None:
-        self.codes = codes
+    The window is up to the attention function, which sees both these states and those before.
+    """
+
+    def __init__(
+        self,
+        maps: tuple[Maps, Maps],
+        ranks: list[LayerRanks],
+        codes: Codes,
+        exact: Exact = NONE,
+    ) -> None:
+        super().__init__(exact.window)
+        self.codes, self.sink = codes, exact.sink
         self.sides = [
             turned(one, its_ranks)
             if codes.rotated
@@ -146,6 +180,7 @@ class QuantizedLatents(Projected):
 
     def _through(self, x_BGTD: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         heads = []
+        sink_BGTD, x_BGTD = x_BGTD[:, :, : self.sink], x_BGTD[:, :, self.sink :]
         for x_BTD, (encode_DR, decode_DR) in zip(x_BGTD.unbind(1), pairs, strict=True):
             if encode_DR.shape[1] == 0:
                 heads.append(torch.zeros_like(x_BTD))
@@ -153,23 +188,19 @@ class QuantizedLatents(Projected):
             z_BTR = x_BTD @ encode_DR.to(x_BTD)
             decoded = fake_quantize(z_BTR, self.codes) @ decode_DR.to(x_BTD.device).T
             heads.append(decoded.to(x_BTD.dtype))
-        return torch.stack(heads, dim=1)
+        return torch.cat((sink_BGTD, torch.stack(heads, dim=1)), dim=2)
 
 
 class LatentCodes(Method):
-    """An artifact at given ranks whose latents are quantized, simulated on the full cache.
-
-    Raises:
-        MatkvError: the artifact keeps exact tokens or has adapters, which are not simulated.
-    """
+    """An artifact at given ranks whose latents are quantized, simulated on the full cache."""
 
     packages = ("matkv",)
     note = "simulated"
 
-    def __init__(self, artifact: Artifact, table: RankTable, codes: Codes) -> None:
-        if artifact.sink or artifact.window or artifact.lora is not None:
-            raise MatkvError("quantized latents are simulated without exact tokens and adapters")
-        self.artifact, self.table, self.codes = artifact, table, codes
+    def __init__(
+        self, artifact: Artifact, table: RankTable, codes: Codes, exact: Exact = NONE
+    ) -> None:
+        self.artifact, self.table, self.codes, self.exact = artifact, table, codes, exact
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[Any]:
@@ -178,15 +209,20 @@ class LatentCodes(Method):
                 (self.artifact.maps(layer, "key"), self.artifact.maps(layer, "value")),
                 [self.table.side(side)[layer] for side in SIDES],
                 self.codes,
+                self.exact,
             )
             for layer in self.artifact.geometry.growing
         }
-        with handled(model, handlers):
+        with adapted(model, self.artifact), handled(model, handlers):
             yield model
 
     def held(self, cache: Any) -> tuple[float, float | None]:
+        tokens, itemsize = cache.get_seq_length(), cache.layers[0].keys.element_size()
+        shapes = [self.artifact.geometry.layers[i] for i in self.artifact.geometry.growing]
+        width = sum(2 * shape.kv_heads * shape.head_dim for shape in shapes)
+        exact = self.exact.among(tokens)
         a_token = sum(self.codes.nbytes(rank) for *_, rank in self.table.growing_ranks())
-        return cache.get_seq_length() * a_token, None
+        return (tokens - exact) * a_token + exact * width * itemsize, None
 
     def fixed_nbytes(self, model: Any) -> int:
         """What matkv's own projections hold at these ranks, in the model's dtype."""
@@ -197,6 +233,21 @@ class LatentCodes(Method):
             projection = LayerProjection(key, value, key_ranks, value_ranks)
             total += buffer_nbytes(projection.to(model.dtype))
         return total
+
+
+@contextmanager
+def adapted(model: Any, artifact: Artifact) -> Iterator[None]:
+    """The model with the artifact's adapters in its weights, as `attach` puts them there."""
+    updates = [] if artifact.lora is None else list(artifact.lora.updates())
+    weights = [(model.get_parameter(f"{path}.weight"), update) for path, update in updates]
+    before = [weight.detach().clone() for weight, _ in weights]
+    try:
+        for weight, update in weights:
+            weight.data.add_(update.to(weight.device, weight.dtype))
+        yield
+    finally:
+        for (weight, _), old in zip(weights, before, strict=True):
+            weight.data.copy_(old)
 
 
 def buffer_nbytes(projection: LayerProjection) -> int:
