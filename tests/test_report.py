@@ -20,7 +20,7 @@ from matkv.report import SECTIONS, report
 from matkv.report.accuracy import full_of, retention, scores
 from matkv.report.headline import choose, headline
 from matkv.report.page import Block, Missing, Sample, Table
-from matkv.report.peers import front, verdict
+from matkv.report.peers import front, verdict, verdicts
 from matkv.report.quality import readable
 from matkv.report.runs import Run, read_runs
 from matkv.report.theme import DARK, LIGHT, Picture
@@ -235,9 +235,24 @@ def test_who_wins_at_which_bytes(full_run: Path) -> None:
     wins = text.split(".  ")[0].split("Better")[0]
     assert "matkv 25.0%" in wins
     table = tables([run])["Methods by bytes, on held-out articles, 1,024-token windows"]
-    bold = {(row[0].text, row[1].text) for row in table.rows if row[4].best}
+    bold = {(row[0].text, row[1].text) for row in table.rows if row[5].best}
     assert ("hqq", "4 bits") in bold
     assert ("cacheshrink", "50%") not in bold
+    half = next(row for row in table.rows if (row[0].text, row[1].text) == ("matkv", "50.0%"))
+    assert [cell.text for cell in half[2:5]] == ["11,520", "50.0%", "60.0%"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_projections_count_in_a_verdict_of_their_own() -> None:
+    growing = {"text": "default", "length": 1024, "bytes_per_token": 100, "perplexity": 10.0}
+    ours = {**growing, "method": "matkv", "setting": "50%", "growing_budget": 0.5, "budget": 0.7}
+    peer = {**growing, "method": "peer", "setting": "", "growing_budget": 0.6, "budget": 0.6}
+    rows = [ours, peer | {"bytes_per_token": 120, "perplexity": 9.0}]
+    first, second = verdicts(rows)
+    assert first.startswith("Nothing else is better at as few bytes as matkv 50%")
+    assert second.startswith("With projections")
+    assert "Better at no more bytes, in brackets: matkv 50% (peer)" in second
+    assert len(verdicts([{**row, "budget": None} for row in rows])) == 1
 
 
 def test_a_difference_within_its_error_is_no_loss() -> None:

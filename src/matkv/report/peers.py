@@ -1,10 +1,14 @@
-"""Other methods at their bytes, beside this one, from one run on the same model and text."""
+"""Other methods at their bytes, beside this one, from one run on the same model and text.
+
+Bytes are those that grow with the context, over the tokens held: `bytes_per_token` of a row, which
+is `growing_budget` of the full cache's. Projections, held once, are in `budget` alone.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from matkv.report.figures import Axis, Line, Panel, lines
 from matkv.report.page import Block, Cell, Missing, Table, Text
@@ -13,10 +17,14 @@ from matkv.report.runs import Run, amount, having, number, percent
 from matkv.report.theme import Picture
 from matkv.results import Record
 
+Size = Callable[[Record], float]
 COMMAND = "python -m benchmarks.peers --artifact RUN --out RUN/results/peers.json"
 # Bytes this close are equal, and so are losses within so many standard errors.
 SLACK, ERRORS = 1.01, 2.0
-NOTE = "Bold: nothing measured here has a lower perplexity at as few bytes."
+NOTE = (
+    "Bold: nothing measured here has a lower perplexity at as few bytes. Bytes a token: what grows "
+    "with the context; all bytes: with projections, for one sequence of the length measured."
+)
 
 
 def peer_blocks(runs: Sequence[Run]) -> list[Block]:
@@ -32,7 +40,7 @@ def peer_blocks(runs: Sequence[Run]) -> list[Block]:
     for index, (source, its) in enumerate(groups):
         chosen = [row for method in methods(its) for row in front(_of(its, method))]
         chosen += [row for row in its if is_full(row)][:1]
-        blocks += [Text(verdict(its))] if index == 0 else []
+        blocks += [Text(line) for line in verdicts(its)] if index == 0 else []
         blocks.append(_table(f"Methods by bytes, on {source}", chosen, its, folded=index > 0))
         if len(chosen) < len(its):
             blocks.append(_table(f"All settings, on {source}", its, its, folded=True))
@@ -58,22 +66,32 @@ def methods(rows: Sequence[Record]) -> list[str]:
     return sorted(names, key=lambda name: (names[name], len(name) if not names[name] else 0))
 
 
-def front(rows: Sequence[Record]) -> list[Record]:
+def front(rows: Sequence[Record], size: Size | None = None) -> list[Record]:
     """Of some rows those that no other beats at as few bytes, by falling bytes."""
-    best, kept = math.inf, []
-    for row in sorted(rows, key=lambda row: (_size(row), _loss(row))):
+    size, best, kept = size or _size, math.inf, []
+    for row in sorted(rows, key=lambda row: (size(row), _loss(row))):
         if _loss(row) < best:
             best = _loss(row)
             kept.append(row)
     return kept[::-1]
 
 
-def verdict(rows: Sequence[Record]) -> str:
+def verdicts(rows: Sequence[Record]) -> list[str]:
+    """The verdict by the bytes that grow with the context, then by all where every row has them."""
+    found = [verdict(rows)]
+    if any(map(is_ours, rows)) and len(having(rows, "budget")) == len(rows):
+        every = verdict(rows, _all_bytes)
+        found.append(f"With projections, for one sequence of the length measured: {every}")
+    return found
+
+
+def verdict(rows: Sequence[Record], size: Size | None = None) -> str:
     """Where matkv is the best at its bytes, and where which other method is better."""
+    size = size or _size
     others = [row for row in rows if not is_ours(row) and not is_full(row)]
     wins, losses = [], []
-    for row in front([row for row in rows if is_ours(row)]):
-        fitting = [one for one in others if _size(one) <= SLACK * _size(row)]
+    for row in front([row for row in rows if is_ours(row)], size):
+        fitting = [one for one in others if size(one) <= SLACK * size(row)]
         best = min(fitting, key=_loss, default=None)
         if best is not None and _better(best, row):
             losses.append(f"{_name(row)} ({_name(best)})")
@@ -110,7 +128,13 @@ def _method(row: Record) -> str:
 
 
 def _size(row: Record) -> float:
+    """Bytes that grow with the context, over its tokens."""
     return number(row, "bytes_per_token") or 0.0
+
+
+def _all_bytes(row: Record) -> float:
+    """All bytes at the measured length, projections included, over the full cache's."""
+    return number(row, "budget") or 0.0
 
 
 def _loss(row: Record) -> float:
@@ -118,7 +142,7 @@ def _loss(row: Record) -> float:
 
 
 def _setting(row: Record) -> str:
-    setting, budget = row.get("setting"), number(row, "budget")
+    setting, budget = row.get("setting"), number(row, "growing_budget")
     return str(setting) if setting is not None else "" if budget is None else percent(budget)
 
 
@@ -141,7 +165,7 @@ def _picture(groups: Sequence[tuple[Source, Sequence[Record]]]) -> Picture:
         panels.append(
             Panel(
                 title=str(source),
-                x=Axis(label="bytes a token of cache, everything counted"),
+                x=Axis(label="cache bytes a token, projections left out"),
                 y=Axis(
                     label="perplexity",
                     log=True,
@@ -156,8 +180,10 @@ def _picture(groups: Sequence[tuple[Source, Sequence[Record]]]) -> Picture:
         panels,
         text="Perplexity against cache bytes a token for every method measured in one run.",
         caption="Lower and further left is better; of each method the settings that none of its "
-        "own beats. All in one run on the same model and text; scales, zero points, exact windows "
-        "and projections are counted. " + (CUT if any(panel.y.span for panel in panels) else ""),
+        "own beats. All in one run on the same model and text. Bytes are those that grow with the "
+        "context, over the tokens held: codes, scales, zero points and exact tokens are counted; "
+        "projections, held once whatever the context, are not. "
+        + (CUT if any(panel.y.span for panel in panels) else ""),
     )
 
 
@@ -185,22 +211,32 @@ def _table(caption: str, shown: Sequence[Record], rows: Sequence[Record], *, fol
         for row in sorted(shown, key=lambda row: (-_size(row), _loss(row)))
     ]
     return Table(
-        header=("method", "setting", "bytes a\ntoken", "of full", "perplexity", "× full", "note"),
+        header=(
+            "method",
+            "setting",
+            "bytes a\ntoken",
+            "of full",
+            "all bytes\nof full",
+            "perplexity",
+            "× full",
+            "note",
+        ),
         rows=body,
         caption=caption,
         notes=(NOTE,),
         folded=folded,
-        words=(1, 6),
+        words=(1, 7),
     )
 
 
 def _cells(row: Record, full: Record | None, *, best: bool) -> list[Cell]:
-    error = number(row, "stderr")
+    error, every = number(row, "stderr"), number(row, "budget")
     return [
         Cell(_method(row)),
         Cell(_setting(row)),
         Cell(f"{_size(row):,.0f}"),
         Cell("" if full is None else f"{_size(row) / _size(full):.1%}"),
+        Cell("" if every is None else f"{every:.1%}"),
         Cell(amount(_loss(row)), "" if error is None else f"±{amount(_loss(row) * error)}", best),
         Cell("" if full is None else f"{_loss(row) / _loss(full):,.3f}"),
         Cell(str(row.get("note") or "")),
