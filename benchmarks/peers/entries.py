@@ -17,7 +17,7 @@ from . import low_rank, ours
 from .protocol import Contestant, Method
 
 WINDOWS = (32, 128)  # the second is what QuantizedCache may keep exact
-CODED_WINDOW = 32  # that of quantized latents
+CODED_WINDOW = 32  # that of latents in 4 bits
 CALIBRATION_WINDOW = 512
 
 
@@ -128,11 +128,13 @@ def of_artifact(name: str, artifact: Artifact, budgets: Sequence[float]) -> Iter
 
 
 def of_latents(name: str, artifact: Artifact, budgets: Sequence[float]) -> Iterator[Contestant]:
-    """Latents in 8 and 4 bits at the best ranks, the full one too; also with exact tokens."""
-    codings = [ours.Codes(bits=8), ours.Codes(bits=4), ours.Codes(bits=4, rotated=True)]
+    """Latents in 8 and 4 bits at the best ranks, the full one too; 4 also with exact tokens."""
     choices = exact_choices(artifact, [CODED_WINDOW])
+    fours = [ours.Codes(bits=4), ours.Codes(bits=4, rotated=True)]
+    # Not 8 bits with exact tokens: 4 bits at a larger budget lose less in as many bytes.
+    codings = [(ours.Codes(bits=8), ours.NONE), *product(fours, choices)]
     for label, table, is_best in tables(artifact, budgets):
-        for codes, exact in product(codings, choices) if is_best else ():
+        for codes, exact in codings if is_best else ():
             yield Contestant(
                 method=f"matkv latents int{codes.bits}",
                 setting=f"{name} {label}{', rotated' if codes.rotated else ''}{exact}",
