@@ -135,6 +135,8 @@ def test_a_new_run_removes_checkpoints_of_an_older_one(llama: Tiny, tmp_path: Pa
 
 
 def test_a_first_ctrl_c_saves_and_ends(llama: Tiny, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
     def press(progress: Progress) -> None:
         if progress.step == 2:
             signal.raise_signal(signal.SIGINT)
@@ -145,7 +147,7 @@ def test_a_first_ctrl_c_saves_and_ends(llama: Tiny, tmp_path: Path) -> None:
     assert made.history[-1]["interrupted"]
     assert made.history[-1]["stages"]["end-to-end"]["steps"] == 3
     assert last_checkpoint(tmp_path) is not None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
