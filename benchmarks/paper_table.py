@@ -8,7 +8,8 @@
     python benchmarks/paper_table.py pca calibrated distilled
 
 Reads what these commands kept in RUN/results and measures nothing. Rows of other bases than the
-artifact's are left out. The difference to the full cache is taken item by item.
+artifact's are left out, and of several perplexities at a budget the one of most tokens stays. The
+difference to the full cache is taken item by item.
 """
 
 import argparse
@@ -21,10 +22,11 @@ from matkv.task_scores import AVERAGE, summarize
 
 
 def rows_of(run: Path, kind: str) -> list[Record]:
-    """The rows of this artifact's own bases, and of the full cache, without a window."""
-    mine = results.digest(Artifact.load(run))
+    """The rows of this artifact's own bases and window, and of the full cache."""
+    artifact = Artifact.load(run)
+    mine, windows = results.digest(artifact), (None, artifact.window)
     rows = results.load_rows(run, kind)
-    return [row for row in rows if row["artifact"] == mine and not row.get("window")]
+    return [row for row in rows if row["artifact"] == mine and row["window"] in windows]
 
 
 def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]:
@@ -42,7 +44,8 @@ def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]
 
 def table(run: Path) -> str:
     """The Markdown table of one artifact."""
-    scores = {row["budget"]: row for row in rows_of(run, "perplexity")}
+    scored = sorted(rows_of(run, "perplexity"), key=lambda row: int(row["tokens"]))
+    scores = {row["budget"]: row for row in scored}
     by_budget: dict[float | None, dict[str, Record]] = {}
     for row in summarize(rows_of(run, "tasks")):
         by_budget.setdefault(row["budget"], {})[row["task"]] = row
