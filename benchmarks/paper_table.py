@@ -8,11 +8,12 @@
     python benchmarks/paper_table.py pca calibrated distilled
 
 Reads what these commands kept in RUN/results and measures nothing. Rows of other bases than the
-artifact's are left out, and of several perplexities at a budget the one of most tokens stays. The
+artifact's are left out, and of several measurements those of most tokens, or most items, stay. The
 difference to the full cache is taken item by item.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from matkv import results
@@ -44,10 +45,13 @@ def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]
 
 def table(run: Path) -> str:
     """The Markdown table of one artifact."""
-    scored = sorted(rows_of(run, "perplexity"), key=lambda row: int(row["tokens"]))
-    scores = {row["budget"]: row for row in scored}
+    scored = rows_of(run, "perplexity")
+    most = max((row["tokens"] for row in scored), default=0)
+    scores = {row["budget"]: row for row in scored if row["tokens"] == most}
+    items = rows_of(run, "tasks")
+    limit = max((row["limit"] or math.inf for row in items), default=0)
     by_budget: dict[float | None, dict[str, Record]] = {}
-    for row in summarize(rows_of(run, "tasks")):
+    for row in summarize([row for row in items if (row["limit"] or math.inf) == limit]):
         by_budget.setdefault(row["budget"], {})[row["task"]] = row
     budgets = sorted({b for b in [*scores, *by_budget] if b is not None}, reverse=True)
     names = [task for task in next(iter(by_budget.values()), {}) if task != AVERAGE]
