@@ -8,8 +8,8 @@
     python benchmarks/paper_table.py pca calibrated distilled
 
 Reads what these commands kept in RUN/results and measures nothing. Rows of other bases than the
-artifact's are left out, and of several measurements those of most tokens, or most items, stay. The
-difference to the full cache is taken item by item.
+artifact's are left out, and of several measurements those of most tokens, or most items, stay,
+and only budgets with all tasks. The difference to the full cache is taken item by item.
 """
 
 import argparse
@@ -28,6 +28,15 @@ def rows_of(run: Path, kind: str) -> list[Record]:
     mine, windows = results.digest(artifact), (None, artifact.window)
     rows = results.load_rows(run, kind)
     return [row for row in rows if row["artifact"] == mine and row["window"] in windows]
+
+
+def complete(rows: list[Record]) -> list[Record]:
+    """Without the budgets that lack a task: their averages would be of other tasks."""
+    tasks = {row["task"] for row in rows}
+    found: dict[float | None, set[str]] = {}
+    for row in rows:
+        found.setdefault(row["budget"], set()).add(row["task"])
+    return [row for row in rows if found[row["budget"]] == tasks]
 
 
 def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]:
@@ -50,8 +59,9 @@ def table(run: Path) -> str:
     scores = {row["budget"]: row for row in scored if row["tokens"] == most}
     items = rows_of(run, "tasks")
     limit = max((row["limit"] or math.inf for row in items), default=0)
+    items = complete([row for row in items if (row["limit"] or math.inf) == limit])
     by_budget: dict[float | None, dict[str, Record]] = {}
-    for row in summarize([row for row in items if (row["limit"] or math.inf) == limit]):
+    for row in summarize(items):
         by_budget.setdefault(row["budget"], {})[row["task"]] = row
     budgets = sorted({b for b in [*scores, *by_budget] if b is not None}, reverse=True)
     names = [task for task in next(iter(by_budget.values()), {}) if task != AVERAGE]
