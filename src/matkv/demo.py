@@ -61,8 +61,8 @@ def demo(out: Path) -> dict[str, Any]:
     distilled.save(out / "distilled")
     curves = {name: Curve(artifact) for name, artifact in artifacts.items()} | {
         "distilled": Curve(distilled),
-        "with own ranks": Curve(distilled, uniform=False),
-        f"and {RECENT} recent tokens exact": Curve(distilled, uniform=False, window=RECENT),
+        "own ranks": Curve(distilled, uniform=False),
+        f"and {RECENT} exact": Curve(distilled, uniform=False, window=RECENT),
     }
     held_out = data.text_windows(
         tokenizer, data.read_texts("default", "validation"), 1024, SCORE_TOKENS
@@ -207,16 +207,15 @@ def _answers(
 
 
 def _table(rows: dict[str, list[Row]], resident: dict[float | None, int]) -> Table:
-    table = Table(title="perplexity on held-out articles", title_justify="left")
-    names = ("budget", "bytes/token", f"bytes held at {RESIDENT_TOKENS:,} tokens", *rows)
-    for name in names:
+    title = f"perplexity on held-out articles; MB that a cache holds at {RESIDENT_TOKENS:,} tokens"
+    table = Table(title=title, title_justify="left")
+    for name in ("budget", "MB", *rows):
         table.add_column(name, justify="right")
     for lines in zip(*rows.values(), strict=True):
         budget = lines[0].budget
         table.add_row(
-            "full cache" if budget is None else f"{budget:.1%}",
-            f"{lines[0].bytes_per_token:,}",
-            f"{resident[budget]:,}",
+            "full" if budget is None else f"{budget:.1%}",
+            f"{resident[budget] / 1e6:.1f}",
             *(f"{line.perplexity:.1f}" for line in lines),
         )
     return table
