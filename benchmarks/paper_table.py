@@ -42,7 +42,11 @@ def complete(rows: list[Record]) -> list[Record]:
 def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]:
     """One budget: perplexity, accuracy on every task, their average and what it keeps."""
     cells = [name, "" if score is None else f"{score['perplexity']:.1f}"]
-    cells += [f"{100 * row['acc']:.1f}" for task, row in tasks.items() if task != AVERAGE]
+    cells += [
+        f"{100 * row['acc']:.1f} ± {100 * row['stderr']:.1f}"
+        for task, row in tasks.items()
+        if task != AVERAGE
+    ]
     if (mean := tasks.get(AVERAGE)) is None:
         return cells
     cells.append(f"**{100 * mean['acc']:.1f}** ± {100 * mean['stderr']:.1f}")
