@@ -5,7 +5,7 @@
             --tasks arc_challenge,arc_easy,piqa,winogrande,commonsense_qa --limit N --tasks-dir DIR
         matkv evaluate $RUN --budget ... --uniform --text wikitext2-test.txt --window 1024
     done
-    python benchmarks/paper_table.py pca calibrated distilled
+    python benchmarks/paper_table.py pca calibrated distilled --uniform
 
 Reads what these commands kept in RUN/results and measures nothing. Rows of other bases than the
 artifact's are left out, and of several measurements those of most tokens, or most items, stay,
@@ -22,12 +22,20 @@ from matkv.results import Record
 from matkv.task_scores import AVERAGE, summarize
 
 
-def rows_of(run: Path, kind: str) -> list[Record]:
-    """The rows of this artifact's own bases and window, and of the full cache."""
+def rows_of(run: Path, kind: str, uniform: bool) -> list[Record]:
+    """The rows of this artifact's own bases, ranks and window, and of the full cache."""
     artifact = Artifact.load(run)
     mine, windows = results.digest(artifact), (None, artifact.window)
-    rows = results.load_rows(run, kind)
-    return [row for row in rows if row["artifact"] == mine and row["window"] in windows]
+
+    def fits(row: Record) -> bool:
+        if row["artifact"] != mine or row["window"] not in windows:
+            return False
+        if row["budget"] is None:
+            return True
+        table = artifact.table(row["budget"], uniform=uniform)
+        return bool(row["ranks"] == results.digest_of(table))
+
+    return [row for row in results.load_rows(run, kind) if fits(row)]
 
 
 def complete(rows: list[Record]) -> list[Record]:
@@ -56,12 +64,12 @@ def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]
     return cells
 
 
-def table(run: Path) -> str:
+def table(run: Path, uniform: bool) -> str:
     """The Markdown table of one artifact."""
-    scored = rows_of(run, "perplexity")
+    scored = rows_of(run, "perplexity", uniform)
     most = max((row["tokens"] for row in scored), default=0)
     scores = {row["budget"]: row for row in scored if row["tokens"] == most}
-    items = rows_of(run, "tasks")
+    items = rows_of(run, "tasks", uniform)
     limit = max((row["limit"] or math.inf for row in items), default=0)
     items = complete([row for row in items if (row["limit"] or math.inf) == limit])
     by_budget: dict[float | None, dict[str, Record]] = {}
@@ -82,8 +90,10 @@ def table(run: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
-    for run in parser.parse_args().runs:
-        print(table(run), end="\n\n")
+    parser.add_argument("--uniform", action="store_true", help="rows of uniform ranks")
+    options = parser.parse_args()
+    for run in options.runs:
+        print(table(run, options.uniform), end="\n\n")
 
 
 if __name__ == "__main__":
