@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -26,11 +25,9 @@ from matkv.artifact import Artifact
 from matkv.cache import new_cache
 from matkv.errors import DataError
 from matkv.hf import attach, detach, geometry_of
+from matkv.losses import token_losses
 from matkv.ranks import RankTable
 from matkv.store import Store
-
-# Logits of at most this many elements are turned to fp32 at once (256 MiB).
-MAX_LOGITS = 1 << 26
 
 KIND = "perplexity"
 # What a kept row depends on: equal values of all, and it need not be measured again.
@@ -95,19 +92,13 @@ def perplexity(
     means = []
     for index, window_T in enumerate(windows_NT):
         logits_TV = model(window_T[None].to(model.device), use_cache=False).logits[0, :-1]
-        means.append(_mean_loss(logits_TV, window_T[1:].to(model.device)))
+        losses_T = token_losses(logits_TV, window_T[1:].to(model.device))
+        means.append(float(losses_T.cpu().double().mean()))
         if on_progress is not None:
             on_progress((index + 1) * length)
     losses = torch.tensor(means, dtype=torch.float64)
     stderr = float(losses.std() / math.sqrt(windows)) if windows > 1 else math.nan
     return math.exp(float(losses.mean())), stderr, windows * (length - 1)
-
-
-def _mean_loss(logits_TV: Tensor, target_T: Tensor) -> float:
-    block = max(1, MAX_LOGITS // logits_TV.shape[1])
-    parts = zip(logits_TV.split(block), target_T.split(block), strict=True)
-    total = sum(float(F.cross_entropy(x.float(), y, reduction="sum")) for x, y in parts)
-    return total / target_T.numel()
 
 
 def evaluate(
