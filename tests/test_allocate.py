@@ -20,6 +20,7 @@ from matkv.artifact import Artifact
 from matkv.divergence import Gated, Text, add_teacher, measure, measure_changes, take_text
 from matkv.errors import BudgetError, DataError, MatkvError, RankError
 from matkv.hf import handled
+from matkv.latents import GatedProjection
 from matkv.ranks import RankTable
 from matkv.search import Constraints, Path, Space
 from matkv.sensitivity import Sensitivity, expand
@@ -193,14 +194,13 @@ def nudged_kl(
     by: float,
 ) -> float:
     gated = gated_projections(subject.model, subject.artifact)
-    original = type(gated[layer]).enter
 
-    class Nudged(type(gated[layer])):  # type: ignore[misc]
-        def enter(self, *states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    class Nudged(GatedProjection):
+        def matrices(self) -> tuple[Tensor, Tensor]:
             gate = getattr(self, f"{side}_gate").clone()
             gate[head, columns] += by
             setattr(self, f"{side}_gate", gate)
-            return original(self, *states)
+            return super().matrices()
 
     gated[layer].__class__ = Nudged
     assert len(text.pieces) == 1  # the gates are nudged in every forward pass

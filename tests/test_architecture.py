@@ -17,11 +17,11 @@ PACKAGE = Path(matkv.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
-        "errors progress lora timing window",
+        "errors progress lora timing",
         "task_files task_scores ranks schedule projection data losses plots search_state chat",
         "default_model moments latents search artifact examples heatmap recipe haystack task_texts",
         "kernels divergence checkpoints results",
-        "exact",
+        "exact window",
         "attention exact_tokens sensitivity verify store",
         "cache rank_search",
         "static_cache",

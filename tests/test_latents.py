@@ -108,27 +108,25 @@ def test_gates_of_a_table_equal_its_projection(
     latents = Latents(projection, projection.encode(key_BGTD, value_BGTD))
     expected = attend(latents, query_BHTD, None, scaling=0.3)
 
-    handler = gated(KEY, VALUE, key_ranks, value_ranks)
-    query, key, value = handler.enter(query_BHTD, key_BGTD, value_BGTD)
+    key, value = gated(KEY, VALUE, key_ranks, value_ranks)(key_BGTD, value_BGTD)
     out = torch.nn.functional.scaled_dot_product_attention(
-        query,
+        query_BHTD,
         key.repeat_interleave(2, 1),
         value.repeat_interleave(2, 1),
         is_causal=True,
         scale=0.3,
     )
-    assert largest_difference(handler.leave(out), expected) < 1e-5
+    assert largest_difference(out, expected) < 1e-5
 
 
 def test_gates_may_differ_between_sequences() -> None:
     key_BGTD, value_BGTD = random_states()
-    query_BHTD = key_BGTD
     handlers = [gated(KEY, VALUE, *TABLES[0]), gated(KEY, VALUE, *TABLES[2])]
     both = GatedProjection(KEY, VALUE)
     both.key_gate = torch.stack([handler.key_gate for handler in handlers])
     both.value_gate = torch.stack([handler.value_gate for handler in handlers])
-    together = both.enter(query_BHTD, key_BGTD, value_BGTD)
+    together = both(key_BGTD, value_BGTD)
     for row, handler in enumerate(handlers):
-        alone = handler.enter(query_BHTD, key_BGTD, value_BGTD)
+        alone = handler(key_BGTD, value_BGTD)
         for joint, single in zip(together, alone, strict=True):
             torch.testing.assert_close(joint[row], single[row])

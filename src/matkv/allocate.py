@@ -304,16 +304,16 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     gated = {}
     for layer in artifact.geometry.growing:
         device = next(modules[layer].parameters()).device
-        key, value = (_moved(artifact.maps(layer, side), device, model.dtype) for side in SIDES)
+        key, value = (_moved(artifact.maps(layer, side), device) for side in SIDES)
         gated[layer] = GatedProjection(key, value, window=artifact.window)
     return gated
 
 
-def _moved(maps: Maps, device: torch.device, dtype: torch.dtype) -> Maps:
-    encode_GDD = maps.encode_GDD.to(device, dtype)
+def _moved(maps: Maps, device: torch.device) -> Maps:
+    encode_GDD = maps.encode_GDD.to(device)
     if maps.is_orthogonal:
         return Maps.orthogonal(encode_GDD)
-    return Maps(encode_GDD, maps.decode_GDD.to(device, dtype))
+    return Maps(encode_GDD, maps.decode_GDD.to(device))
 
 
 # ---- budgets, text and tables

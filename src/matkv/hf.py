@@ -4,8 +4,7 @@ A model hands post-rotary queries, keys and values of every layer to one registe
 function. What that function does in a layer is decided by the layer's `matkv` attribute:
 
     LayerProjection     attend on latents, from the cache or made on the spot without one
-    GatedProjection     attend at full width on gated coordinates, for search
-    Projected           attend on keys and values multiplied by square matrices, for training
+    Projected           attend on keys and values multiplied by square matrices: training, search
     an Observer         look at queries, keys and values, then attend as usual
     nothing             attend as usual
 
@@ -46,7 +45,7 @@ from matkv.attention import Latents, attend
 from matkv.cache import LatentCache, LatentLayer, use_latents
 from matkv.default_model import DEFAULT_MODEL, default_model_dir
 from matkv.errors import CacheError, MatkvError, ModelError, RankError, UnsupportedModelError
-from matkv.latents import GatedProjection, LayerProjection, Projected
+from matkv.latents import LayerProjection, Projected
 from matkv.ranks import Geometry, LayerShape, RankTable
 from matkv.static_cache import StaticLatentLayer
 from matkv.window import States, attend_near_exact
@@ -297,30 +296,24 @@ def attention_forward(
         return out_BHQD.transpose(1, 2).contiguous(), None
     if isinstance(key, Latents) or isinstance(value, Latents):
         raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
-    exact = truncated = States(query, key, value)
-    if isinstance(handler, GatedProjection):
-        truncated = States(*handler.enter(query, key, value))
-    elif isinstance(handler, Projected):
-        truncated = States(query, *handler(key, value))
+    exact = truncated = States(key, value)
+    if isinstance(handler, Projected):
+        truncated = States(*handler(key, value))
+        if handler.window:
+            out_BHQD = attend_near_exact(
+                query,
+                exact,
+                truncated,
+                attention_mask,
+                window=handler.window,
+                scaling=scaling,
+                dropout=dropout,
+            )
+            return out_BHQD.transpose(1, 2).contiguous(), None
     elif handler is not None:
         handler(query, key, value)
-    leave = handler.leave if isinstance(handler, GatedProjection) else _as_it_is
-    window = 0 if truncated is exact else getattr(handler, "window", 0)
-    if window:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        near_BHQD, far_BHQD = attend_near_exact(
-            exact, truncated, attention_mask, window=window, scaling=scaling, dropout=dropout
-        )
-        return (near_BHQD + leave(far_BHQD)).transpose(1, 2).contiguous(), None
-    states = (truncated.query_BHQD, truncated.key_BGTD, truncated.value_BGTD)
-    out_BQHD, _ = sdpa_attention_forward(
-        module, *states, attention_mask, dropout=dropout, scaling=scaling
-    )
-    return leave(out_BQHD.transpose(1, 2)).transpose(1, 2).contiguous(), None
-
-
-def _as_it_is(out_BHQD: Tensor) -> Tensor:
-    return out_BHQD
+    states = (query, truncated.key_BGTD, truncated.value_BGTD)
+    return sdpa_attention_forward(module, *states, attention_mask, dropout=dropout, scaling=scaling)
 
 
 def _latents(projection: LayerProjection, key: Tensor, value: Tensor | Latents) -> Latents:
@@ -457,9 +450,7 @@ def attached_table(model: PreTrainedModel) -> RankTable:
 
 
 @contextmanager
-def handled(
-    model: PreTrainedModel, handlers: Mapping[int, GatedProjection | Projected | Observer]
-) -> Iterator[None]:
+def handled(model: PreTrainedModel, handlers: Mapping[int, Projected | Observer]) -> Iterator[None]:
     """Let `handlers[layer]` take part in the attention of forward passes meanwhile.
 
     Raises:

@@ -164,53 +164,12 @@ def _row_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str,
     return {"encode_rows": encode_GDC, "query": query_GDM, "output": output_GMD}
 
 
-class GatedProjection(nn.Module):
-    """One layer at full width with a gate on every column: for training and search.
-
-    A column with gate 0 is dropped, with gate 1 kept, so that ranks change without new matrices and
-    gradients reach bases and gates. With the gates of a rank table, attention on what `enter` makes
-    equals `LayerProjection` at that table.
-
-    `key_gate` and `value_gate` are [GD], or [BGD] for one table a sequence. The `window`
-    tokens before a query are exact, whatever the gates.
-    """
-
-    def __init__(self, key: Maps, value: Maps, *, window: int = 0) -> None:
-        super().__init__()
-        self.key_maps, self.value_maps, self.window = key, value, window
-        heads, dim = key.encode_GDD.shape[:2]
-        self.key_gate = self.value_gate = torch.ones(heads, dim, device=key.encode_GDD.device)
-
-    def enter(
-        self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotate queries, keys and values, and gate keys and values."""
-        dtype, heads = query_BHQD.dtype, key_BGTD.shape[1]
-        decode_GDD = self.key_maps.decode_GDD.to(dtype)
-        query_BGJQD = query_BHQD.unflatten(1, (heads, -1)) @ decode_GDD[:, None]
-        key_BGTD = key_BGTD @ self.key_maps.encode_GDD.to(dtype)
-        value_BGTD = value_BGTD @ self.value_maps.encode_GDD.to(dtype)
-        key_gate, value_gate = self.key_gate.to(dtype), self.value_gate.to(dtype)
-        return (
-            query_BGJQD.flatten(1, 2),
-            key_BGTD * key_gate[..., None, :],
-            value_BGTD * value_gate[..., None, :],
-        )
-
-    def leave(self, out_BHQD: Tensor) -> Tensor:
-        """Rotate the attention output back."""
-        decode_GDD = self.value_maps.decode_GDD.to(out_BHQD.dtype)
-        out_BGJQD = out_BHQD.unflatten(1, (decode_GDD.shape[0], -1))
-        restored: Tensor = (out_BGJQD @ decode_GDD.mT[:, None]).flatten(1, 2)
-        return restored
-
-
 class Projected:
     """One layer's keys and values multiplied by square matrices, [GDD] or one a sequence [BGDD].
 
-    With encode diag(gate) decode^T, attention on them equals attention on latents, and queries and
-    outputs need no work. None leaves a side as it is. The `window`
-    tokens before a query are exact.
+    With P = encode diag(gate) decode^T, attention on them equals attention on latents, and queries
+    and outputs need no work. None leaves a side as it is. The `window` tokens before a query are
+    exact.
     """
 
     key: Tensor | None = None
@@ -219,12 +178,40 @@ class Projected:
     def __init__(self, window: int = 0) -> None:
         self.window = window
 
+    def matrices(self) -> tuple[Tensor | None, Tensor | None]:
+        """P of keys and of values."""
+        return self.key, self.value
+
     def __call__(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        if self.key is not None:
-            key_BGTD = key_BGTD @ self.key.to(key_BGTD.dtype)
-        if self.value is not None:
-            value_BGTD = value_BGTD @ self.value.to(value_BGTD.dtype)
+        key, value = self.matrices()
+        if key is not None:
+            key_BGTD = key_BGTD @ key.to(key_BGTD.dtype)
+        if value is not None:
+            value_BGTD = value_BGTD @ value.to(value_BGTD.dtype)
         return key_BGTD, value_BGTD
+
+
+class GatedProjection(Projected):
+    """A gate on every column of one layer's bases, for search.
+
+    A column with gate 0 is dropped, with gate 1 kept, so that ranks change without new bases and
+    gradients reach the gates. With the gates of a rank table it equals `LayerProjection` at that
+    table. `key_gate` and `value_gate` are [GD], or [BGD] for one table a sequence.
+    """
+
+    def __init__(self, key: Maps, value: Maps, *, window: int = 0) -> None:
+        super().__init__(window)
+        self.key_maps, self.value_maps = key, value
+        self.key_gate = self.value_gate = key.encode_GDD.new_ones(key.encode_GDD.shape[:2])
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return gated(self.key_maps, self.key_gate), gated(self.value_maps, self.value_gate)
+
+
+def gated(maps: Maps, gate_XD: Tensor) -> Tensor:
+    """encode diag(gate) decode^T.  [..., G, D -> ..., G, D, D]"""
+    gate_XD = gate_XD.to(maps.encode_GDD.dtype)
+    return (maps.encode_GDD * gate_XD[..., None, :]) @ maps.decode_GDD.mT
 
 
 def rank_gate(ranks: LayerRanks, dim: int) -> Tensor:

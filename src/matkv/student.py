@@ -23,7 +23,7 @@ from matkv.artifact import Artifact
 from matkv.chat import IGNORED
 from matkv.errors import UnsupportedModelError
 from matkv.hf import handled
-from matkv.latents import Projected
+from matkv.latents import Projected, gated
 from matkv.losses import LossWeights, chunk_size, distillation_loss
 from matkv.projection import LearnedMaps, Maps, Parametrization
 from matkv.ranks import SIDES, Geometry, RankTable, Side
@@ -95,8 +95,7 @@ class Bases(nn.Module):
 def truncated(maps: Maps, sizes_BX: Tensor) -> Tensor:
     """encode diag(gate) decode^T with the first `sizes` gates open.  [XDD, BX -> BXDD]"""
     column_D = torch.arange(maps.encode_GDD.shape[-1], device=sizes_BX.device)
-    gate_BXD = (column_D < sizes_BX[..., None]).to(maps.encode_GDD.dtype)
-    return (maps.encode_GDD * gate_BXD[..., None, :]) @ maps.decode_GDD.mT
+    return gated(maps, column_D < sizes_BX[..., None])
 
 
 def _stack(found: list[Maps]) -> Maps:

@@ -4,7 +4,7 @@ A token is exact for its own query and those up to `window` positions after it, 
 later ones, as a cache with a window holds it. Gradients flow through both.
 
 Shapes: B batch, H query head, G KV head, J query heads of a KV head, Q query position, T token,
-D head dim.
+K tokens that a block of queries sees, D head dim.
 """
 
 from __future__ import annotations
@@ -15,52 +15,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matkv.kernels.parts import additive, causal_bias
+
+# Queries that attend together: few, so that little is computed only to be masked; not so few that
+# the calls cost more than what they save.
+BLOCK = 256
+
 
 @dataclass(frozen=True)
 class States:
-    """Queries [BHQD], keys and values [BGTD] of one layer, in coordinates that go together."""
+    """Keys and values [BGTD] of one layer."""
 
-    query_BHQD: Tensor
     key_BGTD: Tensor
     value_BGTD: Tensor
 
 
 def attend_near_exact(
+    query_BHQD: Tensor,
     exact: States,
     truncated: States,
     mask: Tensor | None,
     *,
     window: int,
-    scaling: float,
+    scaling: float | None,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """What recent tokens give, and what the others give, under one softmax.  [BHQD] each
+) -> Tensor:
+    """Attention output [BHQD] of queries to which recent tokens are exact.
 
-    Both are outputs in the coordinates of their own values; their sum is the attention output once
-    the second is turned back. `mask` [B|1, 1, Q, T] is boolean or additive, None means causal; the
-    last query is at the last token. Scores are formed explicitly, for sequences of training length.
+    `mask` [B|1, 1, Q, T] is boolean or additive, None means causal; the last query is at the last
+    token. Every block of queries sees one row of keys: those far from some of it truncated, those
+    near some of it exact. A token that is both stands there twice, and a mask picks one.
     """
-    Q, T = exact.query_BHQD.shape[2], exact.key_BGTD.shape[2]
-    device = exact.query_BHQD.device
-    distance_QT = torch.arange(T - Q, T, device=device)[:, None] - torch.arange(T, device=device)
-    near_QT = distance_QT <= window
-    scores_BGJQT = torch.where(near_QT, _scores(exact), _scores(truncated)).float() * scaling
-    if mask is None:
-        mask = (distance_QT >= 0)[None, None]
-    if mask.dtype == torch.bool:
-        scores_BGJQT = scores_BGJQT.masked_fill(~mask[:, :, None], torch.finfo(torch.float32).min)
-    else:
-        scores_BGJQT = scores_BGJQT + mask.float()[:, :, None]
-    weights_BGJQT = F.dropout(scores_BGJQT.softmax(-1), dropout).to(exact.value_BGTD.dtype)
-    return (
-        (weights_BGJQT.masked_fill(~near_QT, 0) @ exact.value_BGTD[:, :, None]).flatten(1, 2),
-        (weights_BGJQT.masked_fill(near_QT, 0) @ truncated.value_BGTD[:, :, None]).flatten(1, 2),
-    )
-
-
-def _scores(states: States) -> Tensor:
-    """Every head's scores, groups apart.  [-> BGJQT]"""
-    heads = states.key_BGTD.shape[1]
-    query_BGJQD = states.query_BHQD.unflatten(1, (heads, -1))
-    scores_BGJQT: Tensor = query_BGJQD @ states.key_BGTD.mT[:, :, None]
-    return scores_BGJQT
+    Q, (heads, T) = query_BHQD.shape[2], exact.key_BGTD.shape[1:3]
+    dtype, device = query_BHQD.dtype, query_BHQD.device
+    bias_BGQT = causal_bias(Q, T, query_BHQD)[None, None] if mask is None else additive(mask, dtype)
+    token_T = torch.arange(T, device=device)
+    query_BGJQD = query_BHQD.unflatten(1, (heads, -1))
+    outs = []
+    for first in range(0, Q, BLOCK):
+        block_BGJQD = query_BGJQD[:, :, :, first : first + BLOCK]
+        J, block = block_BGJQD.shape[2:4]
+        position_Q = token_T[T - Q + first :][:block]
+        end = T - Q + first + block
+        far, near = slice(max(0, end - 1 - window)), slice(max(0, end - block - window), end)
+        key_BGKD, value_BGKD = (
+            torch.cat((old[:, :, far], new[:, :, near]), dim=2)
+            for old, new in (
+                (truncated.key_BGTD, exact.key_BGTD),
+                (truncated.value_BGTD, exact.value_BGTD),
+            )
+        )
+        is_near_QT = position_Q[:, None] - token_T <= window
+        picked_QK = torch.cat((~is_near_QT[:, far], is_near_QT[:, near]), dim=1)
+        rows_BGQT = bias_BGQT[:, :, first : first + block]
+        bias_BGQK = torch.cat((rows_BGQT[..., far], rows_BGQT[..., near]), dim=-1)
+        bias_BGQK = bias_BGQK.masked_fill(~picked_QK, torch.finfo(dtype).min)
+        out_BGXD = F.scaled_dot_product_attention(
+            block_BGJQD.flatten(2, 3),
+            key_BGKD,
+            value_BGKD,
+            attn_mask=bias_BGQK.repeat(1, 1, J, 1),
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        outs.append(out_BGXD.unflatten(2, (J, block)))
+    return torch.cat(outs, dim=3).flatten(1, 2)
