@@ -30,7 +30,7 @@ def test_perplexity_is_the_mean_over_windows(llama: Tiny) -> None:
 def test_perplexity_in_blocks_is_the_same(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     windows_NT = tokens(2, 33)
     whole = perplexity(llama.model, windows_NT)
-    monkeypatch.setattr("matkv.losses.CHUNK_ELEMENTS", 96 * 5)
+    monkeypatch.setattr("matkv.losses.CACHED_ELEMENTS", 96 * 5)
     assert perplexity(llama.model, windows_NT) == pytest.approx(whole, rel=1e-6)
 
 

@@ -376,5 +376,5 @@ def test_windows_beyond_the_positions_are_refused(subject: Tiny) -> None:
 def test_token_losses_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_NV, target_N = torch.randn(7, 5), torch.tensor([0, 1, 2, 3, 4, 0, 1])
     expected_N = F.cross_entropy(logits_NV, target_N, reduction="none")
-    monkeypatch.setattr("matkv.losses.CHUNK_ELEMENTS", 12)
+    monkeypatch.setattr("matkv.losses.CACHED_ELEMENTS", 12)
     assert torch.equal(token_losses(logits_NV, target_N), expected_N)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from matkv.errors import DataError, UnsupportedModelError
 from matkv.latents import GatedProjection, rank_gate
+from matkv.losses import row_blocks
 from matkv.ranks import RankTable
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -226,23 +227,26 @@ def _distributed() -> bool:
 def _sums(logits_BTV: Tensor, piece: Piece) -> Tensor:
     """KL, student's loss and teacher's loss of every sequence, summed over its tokens.  [B3]
 
-    One sequence at a time: fp32 copies of all logits would be the largest tensors here.
+    A block of positions at a time: fp32 copies of all logits would be the largest tensors here.
     """
     assert piece.teacher_BTV is not None
-    rows = []
-    for student, teacher, ids_T, mask_T in zip(
+    sums = []
+    for student_TV, teacher_TV, ids_T, mask_T in zip(
         logits_BTV, piece.teacher_BTV, piece.ids_BT, piece.mask_BT, strict=True
     ):
-        log_q_TV, log_p_TV = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-        target_T1 = ids_T[1:, None]
-        wanted_T = _target_mask(mask_T)
-        losses = [
-            -(log[:-1].gather(-1, target_T1)[:, 0] * wanted_T).sum(dtype=torch.float64)
-            for log in (log_q_TV, log_p_TV)
-        ]
-        kl_TV = F.kl_div(log_q_TV, log_p_TV, reduction="none", log_target=True)
-        rows.append(torch.stack([(kl_TV.sum(-1).double() * mask_T).sum(), *losses]))
-    return torch.stack(rows)
+        target_T = F.pad(ids_T[1:], (0, 1))
+        wanted_T = F.pad(_target_mask(mask_T), (0, 1))
+        kl, loss, teacher_loss = torch.zeros(3, dtype=torch.float64, device=ids_T.device)
+        for rows in row_blocks(student_TV):
+            log_q_RV = student_TV[rows].float().log_softmax(-1)
+            log_p_RV = teacher_TV[rows].float().log_softmax(-1)
+            kl_RV = F.kl_div(log_q_RV, log_p_RV, reduction="none", log_target=True)
+            kl += (kl_RV.sum(-1).double() * mask_T[rows]).sum()
+            for log_RV, total in ((log_q_RV, loss), (log_p_RV, teacher_loss)):
+                found_R = log_RV.gather(-1, target_T[rows, None])[:, 0]
+                total -= (found_R.double() * wanted_T[rows]).sum()
+        sums.append(torch.stack([kl, loss, teacher_loss]))
+    return torch.stack(sums)
 
 
 def _target_mask(mask_BT: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from matkv.divergence import Gated, Piece, Text, reduced, set_gates
+from matkv.losses import row_blocks
 from matkv.ranks import SIDES, RankTable, Side
 from matkv.search import Levels, Space, Unit
 
@@ -141,11 +142,15 @@ def _toward_teacher(logits_BTV: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     assert piece.teacher_BTV is not None
     toward_BTV, kl_B = torch.empty_like(logits_BTV), []
     for row, (student_TV, teacher_TV) in enumerate(zip(logits_BTV, piece.teacher_BTV, strict=True)):
-        mask_T1 = piece.mask_BT[row, :, None]
-        log_q_TV, log_p_TV = student_TV.float().log_softmax(-1), teacher_TV.float().log_softmax(-1)
-        p_TV = log_p_TV.exp()
-        kl_B.append(((log_p_TV - log_q_TV) * p_TV * mask_T1).sum(dtype=torch.float64))
-        toward_BTV[row] = log_q_TV.exp_().sub_(p_TV).mul_(mask_T1)
+        kl = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
+        for rows in row_blocks(student_TV):
+            mask_R1 = piece.mask_BT[row, rows, None]
+            log_q_RV = student_TV[rows].float().log_softmax(-1)
+            log_p_RV = teacher_TV[rows].float().log_softmax(-1)
+            p_RV = log_p_RV.exp()
+            kl += ((log_p_RV - log_q_RV) * p_RV * mask_R1).sum(dtype=torch.float64)
+            toward_BTV[row, rows] = log_q_RV.exp_().sub_(p_RV).mul_(mask_R1).to(toward_BTV.dtype)
+        kl_B.append(kl)
     return torch.stack(kl_B), toward_BTV
 
 
@@ -153,13 +158,16 @@ def _toward_samples(logits_BTV: Tensor, piece: Piece, generator: torch.Generator
     """Gradient of the log-likelihood of labels drawn from the logits, by the logits."""
     toward_BTV = torch.empty_like(logits_BTV)
     for row, logits_TV in enumerate(logits_BTV):
-        probability_TV = logits_TV.float().softmax(-1)
-        summed_TV = probability_TV.cumsum(-1)
-        height_T1 = torch.rand(len(summed_TV), 1, generator=generator, device=summed_TV.device)
-        labels_T1 = torch.searchsorted(summed_TV, height_T1 * summed_TV[:, -1:])
-        labels_T1 = labels_T1.clamp_max(summed_TV.shape[-1] - 1)
-        residual_TV = probability_TV.neg_().scatter_add_(-1, labels_T1, torch.ones_like(height_T1))
-        toward_BTV[row] = residual_TV.mul_(piece.mask_BT[row, :, None])
+        height_T1 = torch.rand(len(logits_TV), 1, generator=generator, device=logits_TV.device)
+        for rows in row_blocks(logits_TV):
+            probability_RV = logits_TV[rows].float().softmax(-1)
+            summed_RV = probability_RV.cumsum(-1)
+            labels_R1 = torch.searchsorted(summed_RV, height_T1[rows] * summed_RV[:, -1:])
+            labels_R1 = labels_R1.clamp_max(summed_RV.shape[-1] - 1)
+            one_R1 = torch.ones_like(labels_R1, dtype=probability_RV.dtype)
+            residual_RV = probability_RV.neg_().scatter_add_(-1, labels_R1, one_R1)
+            residual_RV.mul_(piece.mask_BT[row, rows, None])
+            toward_BTV[row, rows] = residual_RV.to(toward_BTV.dtype)
     return toward_BTV
 
 
