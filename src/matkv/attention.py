@@ -104,8 +104,9 @@ def _attend_both(
         near = near_BHQD[:, :, early:], lse_near_BHQ[:, :, early:]
     if mask is not None or exact.start_B is not None:
         mask = far_mask(exact, mask, queries - early, rows, query_BHQD)
-    far = _attend_rows(latents, query_BHQD, mask, scaling, dropout, attend_part)
-    merged_BHQD = merge(*far, *near)
+    far_BHQD, lse_BGX = _attend_rows(latents, query_BHQD, mask, scaling, dropout, attend_part)
+    lse_far_BHQ = latents.projection.leave(lse_BGX, queries - early)
+    merged_BHQD = merge(far_BHQD, lse_far_BHQ, *near)
     return torch.cat((near_BHQD[:, :, :early], merged_BHQD), dim=2) if early else merged_BHQD
 
 
@@ -119,7 +120,7 @@ def _attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the rows, and the log of the weights' sum where `fused` tells it.
 
-    [BHQD -> BHQD, BHQ]
+    The second is in sorted order.  [BHQD -> BHQD, BGX]
     """
     projection, rows, queries = latents.projection, latents.rows, query_BHQD.shape[2]
     query_BGXM = per_head(projection.enter(query_BHQD), projection.query)
@@ -131,7 +132,7 @@ def _attend_rows(
         fused = partial(fused, scaling=scaling, dropout=dropout)
         out_BGXM, lse_BGX = _attend_fused(latents, query_BGXM, queries, mask, fused)
     out_BHQD = projection.leave(per_head(out_BGXM, projection.output), queries)
-    return out_BHQD, projection.leave(lse_BGX, queries)
+    return out_BHQD, lse_BGX
 
 
 Decode = Callable[

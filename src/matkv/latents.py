@@ -21,6 +21,9 @@ from matkv.ranks import LayerRanks
 
 # Columns that the query and output maps have to spare, zeros, for kernels that prefer wider views.
 SPARE = 8
+# torch does elementwise work of up to so many numbers in the calling thread. A product as small as
+# that, 14 µs of work, would take 80 on a CPU's two threads: waking them costs more than they do.
+ONE_THREAD = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,9 @@ class LayerProjection(nn.Module):
 def per_head(x_BGXY: Tensor, map_GYZ: Tensor) -> Tensor:
     """Every head times its own matrix, as one batched product.  [BGXY, GYZ -> BGXZ]"""
     B, G, X, Y = x_BGXY.shape
+    if x_BGXY.device.type == "cpu" and B * X * map_GYZ.numel() <= ONE_THREAD:
+        products_BGXYZ = x_BGXY.float()[..., None] * map_GYZ[:, None]
+        return products_BGXYZ.sum(-2).to(x_BGXY.dtype)
     x_GXY = x_BGXY.transpose(0, 1).reshape(G, B * X, Y)
     out_BGXZ: Tensor = torch.bmm(x_GXY, map_GYZ).unflatten(1, (B, X)).transpose(0, 1)
     return out_BGXZ

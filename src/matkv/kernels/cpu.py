@@ -34,6 +34,9 @@ def decode(
     if X % 2 and query_BGXM.dtype == torch.bfloat16:
         # oneDNN multiplies an even number of bf16 rows faster, two in half the time of one.
         query_BGXM = torch.cat((query_BGXM, query_BGXM[:, :, :1]), dim=2)
+    if len(rows) == 1 and projection.buckets[0].row_width:
+        out_BGXM, lse_BGX = _decode_split(query_BGXM, rows[0], mask, scaling)
+        return out_BGXM[:, :, :X], lse_BGX[:, :, :X]
     out_BGXM = query_BGXM.new_zeros(query_BGXM.shape)
     lse_BGX = query_BGXM.new_empty(query_BGXM.shape[:3], dtype=torch.float32)
     for bucket, rows_BNTC in zip(projection.buckets, rows, strict=True):
