@@ -14,7 +14,8 @@ from matkv.benchmark import BenchmarkConfig, benchmark, random_model, twin
 from matkv.benchmark_attention import AttentionCase, attention_benchmark, ragged_ranks
 from matkv.benchmark_plots import plot_benchmark
 from matkv.errors import BudgetError, MatkvError, ModelError, RankError
-from matkv.hf import attached_table, load_config
+from matkv.hf import attached_table
+from matkv.models import load_config
 from matkv.timing import Spread, milliseconds, take_turns, thread_count, transient_bytes
 from tiny import FAMILIES, Tiny, build, greedy, tokens
 

@@ -25,7 +25,6 @@ from matkv.errors import (
     CacheError,
     FingerprintError,
     MatkvError,
-    ModelError,
     RankError,
     UnsupportedModelError,
 )
@@ -425,19 +424,3 @@ def test_a_cache_keeps_its_ranks_when_the_model_changes_them(llama: Tiny) -> Non
 def test_an_offloaded_cache_gives_the_same_tokens(llama: Tiny) -> None:
     model, ids = llama.attach(budget=0.5), tokens(1, 9)
     assert torch.equal(greedy(model, ids, cache_implementation="offloaded"), greedy(model, ids))
-
-
-# ---- loading
-
-
-def test_a_model_that_is_not_there_is_named() -> None:
-    with pytest.raises(ModelError, match=r"cannot load /no/such/model"):
-        matkv.load_model("/no/such/model")
-    with pytest.raises(ModelError, match=r"no file /no/such/model\.gguf"):
-        matkv.load_model("/no/such/model.gguf")
-
-
-@pytest.mark.parametrize("dtype", ["float64x", "int8", "nonsense", "Tensor"])
-def test_a_dtype_that_is_none_is_named(tmp_path: Any, dtype: str) -> None:
-    with pytest.raises(ModelError, match="must be auto, float32, bfloat16 or float16"):
-        hf._dtype(dtype)

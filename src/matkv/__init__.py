@@ -4,7 +4,8 @@ from matkv.artifact import Artifact
 from matkv.cache import LatentCache
 from matkv.calibrate import CalibrateConfig, calibrate
 from matkv.errors import MatkvError
-from matkv.hf import attach, detach, load_model
+from matkv.hf import attach, detach
+from matkv.models import load_model
 from matkv.ranks import RankTable
 
 __all__ = [

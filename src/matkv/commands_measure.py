@@ -14,7 +14,7 @@ from matkv.benchmark_attention import AttentionCase, attention_benchmark
 from matkv.benchmark_plots import plot_benchmark
 from matkv.calibrate import calibrate
 from matkv.errors import MatkvError
-from matkv.hf import as_dtype, load_config
+from matkv.models import as_dtype, load_config
 from matkv.options import (
     BudgetOpt,
     DeviceOpt,

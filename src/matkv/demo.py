@@ -20,7 +20,8 @@ from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments
 from matkv.default_model import DEFAULT_MODEL
 from matkv.distill import distill
 from matkv.evaluate import Row, evaluate, full_states
-from matkv.hf import attach, detach, load_model
+from matkv.hf import attach, detach
+from matkv.models import load_model
 from matkv.plots import plot_quality
 from matkv.recipe import DistillConfig
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv.artifact import Artifact
 from matkv.errors import DataError, MatkvError
-from matkv.hf import attach, load_model
+from matkv.hf import attach
+from matkv.models import load_model
 
 FULL = "full"
 # Arguments of lm-eval's own Hugging Face models that mean something for a model already loaded.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import console
 from matkv.artifact import Artifact
-from matkv.hf import load_model
+from matkv.models import load_model
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="artifact directory")]
 ModelOpt = Annotated[
