@@ -26,10 +26,20 @@ from matkv.plots import plot_quality
 from matkv.recipe import DistillConfig
 
 BUDGETS = (0.875, 0.75, 0.5, 0.375, 0.25)
-DISTILL = DistillConfig(objective="end-to-end", minutes=3, lr=1e-2, probe_every=20)
+WINDOW = 32  # tokens behind every query that training and the last curves keep exact
+DISTILL = DistillConfig(
+    objective="end-to-end",
+    window=WINDOW,
+    minutes=3,
+    sequence_length=1024,
+    batch_size=1,
+    kl=0.25,
+    ce=0.75,
+    lr=1e-2,
+    probe_every=20,
+)
 # Less text than `matkv allocate` takes by itself: a minute or two instead of several.
 ALLOCATE = AllocateConfig(budgets=BUDGETS, expansions=12, search_tokens=1024, held_out_tokens=1024)
-RECENT = 32  # tokens that the last curve keeps exact
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_BUDGET = 0.5
 RESIDENT_TOKENS = 4096
@@ -39,11 +49,14 @@ SCORE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of the plot: an artifact, with its own rank tables or equal ranks, and a window."""
+    """One line of the plot: an artifact, with its own rank tables or equal ranks.
+
+    `window` tokens are exact, as many as the artifact says unless given.
+    """
 
     artifact: Artifact
     uniform: bool = True
-    window: int = 0
+    window: int | None = None
 
 
 def demo(out: Path) -> dict[str, Any]:
@@ -61,9 +74,9 @@ def demo(out: Path) -> dict[str, Any]:
     distilled = _allocate(model, tokenizer, distilled)
     distilled.save(out / "distilled")
     curves = {name: Curve(artifact) for name, artifact in artifacts.items()} | {
-        "distilled": Curve(distilled),
-        "own ranks": Curve(distilled, uniform=False),
-        f"and {RECENT} exact": Curve(distilled, uniform=False, window=RECENT),
+        f"calibrated, {WINDOW} exact": Curve(artifacts["calibrated"], window=WINDOW),
+        f"distilled, {WINDOW} exact": Curve(distilled),
+        f"own ranks, {WINDOW} exact": Curve(distilled, uniform=False),
     }
     held_out = data.text_windows(
         tokenizer, data.read_texts("default", "validation"), 1024, SCORE_TOKENS
@@ -136,9 +149,9 @@ def _allocate(
     """Rank tables for the demo's budgets, searched on training articles."""
     tokens = ALLOCATE.held_out_tokens + ALLOCATE.expansions * ALLOCATE.search_tokens
     texts = data.read_texts("default", "train")
-    windows_NT = data.text_windows(tokenizer, texts, 512, tokens)
+    windows_NT = data.text_windows(tokenizer, texts, 1024, tokens)
     with console.search_progress() as update:
-        return allocate(model, artifact, data.batches(windows_NT, 2), ALLOCATE, on_progress=update)
+        return allocate(model, artifact, data.batches(windows_NT, 1), ALLOCATE, on_progress=update)
 
 
 def _evaluate(
