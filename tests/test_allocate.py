@@ -22,8 +22,10 @@ from matkv.errors import BudgetError, DataError, MatkvError, RankError
 from matkv.hf import handled
 from matkv.latents import GatedProjection
 from matkv.ranks import RankTable
+from matkv.schedule import Independent
 from matkv.search import Constraints, Path, Space
 from matkv.sensitivity import Sensitivity, expand
+from matkv.student import rank_axes
 from tiny import Tiny, build, left_padded, tokens
 
 BATCHES = [tokens(2, 24, seed=seed) for seed in range(4)]
@@ -397,3 +399,14 @@ def test_too_little_text_and_impossible_budgets_are_named(llama: Tiny) -> None:
 def test_bases_of_another_model_are_refused(llama: Tiny) -> None:
     with pytest.raises(MatkvError, match="weights differ"):
         allocate(build("llama", seed=5), llama.artifact, BATCHES, FISHER)
+
+
+def test_no_head_gets_a_rank_that_training_never_drew(llama: Tiny) -> None:
+    axes = rank_axes(llama.geometry, 4)
+    trained = llama.artifact.with_history("distill", schedule=Independent(axes).to_json())
+    config = AllocateConfig(**SMALL, budgets=(0.5,), constraints=Constraints(step=4))
+    for artifact, lowest in ((llama.artifact, 0), (trained, 4)):
+        found = allocate(llama.model, artifact, BATCHES, config)
+        ranks = [rank for *_, rank in found.tables[0.5].growing_ranks()]
+        assert min(ranks) == lowest
+        assert found.history[-1]["constraints"]["min_rank"] == lowest

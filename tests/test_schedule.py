@@ -102,3 +102,10 @@ def test_what_does_not_fit_is_refused() -> None:
         Sandwich(RANKS, random=-1)
     with pytest.raises(TrainingError, match="'lottery' must be one of"):
         schedule_from_json({"kind": "lottery"})
+
+
+def test_the_smallest_sizes_are_those_that_draws_reach() -> None:
+    axes = (Axis("a", 16, 4), Axis("b", 10, 4))
+    assert Independent(axes).smallest == (4, 4)
+    assert Sandwich(axes).smallest == (4, 4)
+    assert Ladder(axes, ((8, 10), (16, 4))).smallest == (8, 4)

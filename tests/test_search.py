@@ -68,7 +68,7 @@ def test_every_table_respects_the_constraints(constraints: Constraints) -> None:
             if layer in constraints.protected:
                 assert rank == 12
                 continue
-            assert constraints.min_rank <= rank <= (constraints.max_rank or 12)
+            assert (constraints.min_rank or 0) <= rank <= (constraints.max_rank or 12)
             assert rank % constraints.multiple == 0
             assert not constraints.equal_sides or key[head] == value[head]
             assert not constraints.equal_heads or len(set(key)) == len(set(value)) == 1
@@ -202,3 +202,9 @@ def test_a_path_checks_its_drops() -> None:
         Path(space, (0, 0, 0))
     with pytest.raises(RankError, match="unit 9"):
         Path(space, (9,))
+
+
+def test_ranks_stop_at_the_smallest_trained_unless_told_otherwise() -> None:
+    assert Constraints().above(3).ladder(12, 4) == (12, 8, 4, 3)
+    assert Constraints(min_rank=0).above(3).ladder(12, 4) == (12, 8, 4, 0)
+    assert Constraints(max_rank=2).above(3).ladder(12, 4) == (2,)

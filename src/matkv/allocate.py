@@ -143,8 +143,10 @@ def allocate(
         FingerprintError: the artifact was made for another model.
     """
     config = config or AllocateConfig()
+    constraints = config.constraints.above(artifact.smallest_trained_rank)
+    config = replace(config, constraints=constraints)
     artifact.check(geometry_of(model.config), fingerprint(model))
-    space = Space.of(artifact.geometry, config.constraints)
+    space = Space.of(artifact.geometry, constraints)
     budgets = _budgets(space, config)
     held_out, texts = _texts(model, batches, config)
     started = time.perf_counter()

@@ -32,6 +32,7 @@ from matkv.errors import ArtifactError, FingerprintError, RankError
 from matkv.lora import Lora
 from matkv.projection import Maps
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
+from matkv.schedule import schedule_from_json
 
 FORMAT_VERSION = 1
 CONFIG, BASES, LORA = "config.json", "bases.safetensors", "lora"
@@ -101,6 +102,14 @@ class Artifact:
                 f"the artifact was made for {self.base_model}, whose weights differ from this "
                 "model's: load that model, or calibrate this one"
             )
+
+    @property
+    def smallest_trained_rank(self) -> int:
+        """The smallest rank that the last training drew; 0 for bases that were not trained."""
+        for entry in reversed(self.history):
+            if "schedule" in entry:
+                return min(schedule_from_json(entry["schedule"]).smallest)
+        return 0
 
     def with_history(self, stage: str, **entry: Any) -> Artifact:
         """A copy with one more history entry."""

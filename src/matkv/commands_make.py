@@ -178,7 +178,9 @@ def allocate_command(
         int | None, typer.Option(help="grain of ranks, an eighth of the head dim")
     ] = None,
     multiple: Annotated[int, typer.Option(help="ranks are multiples of this", min=1)] = 1,
-    min_rank: Annotated[int, typer.Option(help="smallest rank", min=0)] = 0,
+    min_rank: Annotated[
+        int | None, typer.Option(help="smallest rank; the smallest trained unless given", min=0)
+    ] = None,
     max_rank: Annotated[int | None, typer.Option(help="largest rank")] = None,
     equal_sides: Annotated[
         bool, typer.Option("--equal-sides", help="key rank = value rank")

@@ -70,6 +70,11 @@ class Schedule(Protocol):
         """The assignments that `step` covers, each with one size for every axis."""
         ...
 
+    @property
+    def smallest(self) -> Sizes:
+        """The smallest size that any draw has, for every axis."""
+        ...
+
     def to_json(self) -> dict[str, Any]:
         """Plain data that `schedule_from_json` turns back into the same schedule."""
         ...
@@ -84,6 +89,10 @@ class Independent:
 
     def draw(self, step: int, generator: torch.Generator) -> list[Sizes]:
         return [_random(self.axes, generator)]
+
+    @property
+    def smallest(self) -> Sizes:
+        return tuple(axis.at(1) for axis in self.axes)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "axes": _axes_to_json(self.axes)}
@@ -110,6 +119,10 @@ class Ladder:
 
     def draw(self, step: int, generator: torch.Generator) -> list[Sizes]:
         return list(self.rungs)
+
+    @property
+    def smallest(self) -> Sizes:
+        return tuple(min(sizes) for sizes in zip(*self.rungs, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         rungs = [list(rung) for rung in self.rungs]
@@ -138,9 +151,16 @@ class Sandwich:
             raise TrainingError(f"random {self.random} must be a number of draws, 0 for none")
 
     def draw(self, step: int, generator: torch.Generator) -> list[Sizes]:
-        smallest = tuple(axis.at(1) for axis in self.axes)
         largest = tuple(axis.size for axis in self.axes)
-        return [smallest, largest, *(_random(self.axes, generator) for _ in range(self.random))]
+        return [
+            self.smallest,
+            largest,
+            *(_random(self.axes, generator) for _ in range(self.random)),
+        ]
+
+    @property
+    def smallest(self) -> Sizes:
+        return tuple(axis.at(1) for axis in self.axes)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "axes": _axes_to_json(self.axes), "random": self.random}

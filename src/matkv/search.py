@@ -27,7 +27,7 @@ class Constraints:
 
     step         Δ, the columns given up at a time; None for an eighth of the head dim
     multiple     every rank is a multiple of it, or the head dim
-    min_rank     no rank is smaller
+    min_rank     no rank is smaller; None for the smallest that the bases were trained at
     max_rank     no rank is larger, protected layers excepted
     equal_sides  a head has one rank for keys and values
     equal_heads  all heads of a layer have one rank (for each side, unless `equal_sides`)
@@ -39,7 +39,7 @@ class Constraints:
 
     step: int | None = None
     multiple: int = 1
-    min_rank: int = 0
+    min_rank: int | None = None
     max_rank: int | None = None
     equal_sides: bool = False
     equal_heads: bool = False
@@ -50,8 +50,15 @@ class Constraints:
             number = getattr(self, name)
             if number is not None and number < lowest:
                 raise RankError(f"{name} {number} must be at least {lowest}")
-        if self.max_rank is not None and self.max_rank < self.min_rank:
+        if self.max_rank is not None and self.max_rank < (self.min_rank or 0):
             raise RankError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
+
+    def above(self, trained: int) -> Constraints:
+        """These constraints, `min_rank` at the smallest trained rank where it is not given."""
+        if self.min_rank is not None:
+            return self
+        lowest = trained if self.max_rank is None else min(trained, self.max_rank)
+        return replace(self, min_rank=lowest)
 
     def ladder(self, head_dim: int, step: int) -> tuple[int, ...]:
         """Ranks a head may have, largest first.
@@ -60,14 +67,14 @@ class Constraints:
             RankError: no rank lies within the limits.
         """
         m = self.multiple
-        lowest = min(head_dim, -(-self.min_rank // m) * m)
+        lowest = min(head_dim, -(-(self.min_rank or 0) // m) * m)
         rank = head_dim
         if self.max_rank is not None and self.max_rank < head_dim:
             rank = self.max_rank // m * m
         if rank < lowest:
             raise RankError(
-                f"no multiple of {m} lies in {self.min_rank}..{self.max_rank}: change min_rank, "
-                "max_rank or multiple"
+                f"no multiple of {m} lies in {self.min_rank or 0}..{self.max_rank}: change "
+                "min_rank, max_rank or multiple"
             )
         ranks = [rank]
         while rank > lowest:
