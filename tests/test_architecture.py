@@ -20,7 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "errors progress lora timing",
         "task_files task_scores ranks schedule projection data losses plots search_state chat",
         "default_model moments latents search artifact examples heatmap recipe haystack task_texts",
-        "kernels divergence checkpoints results models",
+        "kernels divergence checkpoints results models blend",
         "exact window",
         "attention exact_tokens sensitivity verify store",
         "cache rank_search",

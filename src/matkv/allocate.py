@@ -4,7 +4,8 @@ Every method makes one path of drops from full rank downwards (see search.py); t
 is the first on the path that holds it, so that tables are nested.
 
 fisher    expand the KL around the ranks of the moment (see sensitivity.py), take the cheapest
-          drops, and expand again there: a few backward passes in all
+          drops, and expand again there: a few backward passes in all; then draw the tables towards
+          equal ranks as far as that measures better (see blend.py)
 greedy    Algorithm 1 of the paper (arXiv 2410.14731): measure the KL of every single drop, take
           the cheapest, and again
 uniform   the same rank everywhere, to compare with
@@ -28,7 +29,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from matkv.artifact import Artifact
-from matkv.divergence import Batch, Gated, Text, add_teacher, take_text
+from matkv.blend import blended
+from matkv.divergence import Batch, Gated, Text, add_teacher, joined, take_text
 from matkv.errors import BudgetError, DataError, MatkvError
 from matkv.hf import attention_modules, fingerprint, geometry_of, handled
 from matkv.latents import GatedProjection
@@ -43,6 +45,8 @@ from matkv.verify import Verifier, own_budget
 
 Method = Literal["fisher", "greedy", "uniform"]
 METHODS: tuple[str, ...] = get_args(Method)
+# Settings that do not change a search's path.
+UNSEEN = ("budgets", "max_kl", "max_perplexity_increase", "held_out_tokens", "batched", "blend")
 EIGHTHS = tuple(eighth / 8 for eighth in range(7, 0, -1))
 
 logger = logging.getLogger(__name__)
@@ -59,6 +63,8 @@ class AllocateConfig:
     held_out_tokens           text after it on which the tables are verified
     expansions                fisher: points on the way from 100% to 12.5%, in equal relative steps
     samples                   fisher: label sequences drawn for a sequence of text
+    blend                     fisher: draw the tables towards equal ranks where that is better, by
+                              the loss that trained the bases
     drops                     greedy: drops taken a round; the paper takes one
     batched                   greedy: tables that go through the model together
     """
@@ -72,6 +78,7 @@ class AllocateConfig:
     held_out_tokens: int = 4096
     expansions: int = 36
     samples: int = 1
+    blend: bool = True
     drops: int = 1
     batched: int = 1
     seed: int = 0
@@ -155,12 +162,15 @@ def allocate(
     try:
         search = _Search(model, artifact, texts, config)
         path, interrupted = search.run(Path(space), min(budgets), state, on_progress)
+        shares: dict[float, float] = {}
+        if config.method == "fisher" and config.blend and not interrupted:
+            path, shares = search.blend(path, budgets)
         tables = _tables(path, budgets)
         checks = []
         if interrupted and path.drops:
             tables[own_budget(path.table())] = path.table()
         elif not interrupted:
-            verifier = Verifier(model, search.gated, held_out, search.student)
+            verifier = search.verifier(held_out)
             for error, limit in _limits(config):
                 table = verifier.smallest(path, error, limit)
                 tables[own_budget(table)] = table
@@ -172,6 +182,7 @@ def allocate(
         **asdict(config),
         seconds=round(time.perf_counter() - started, 1),
         interrupted=interrupted,
+        shares=[{"budget": budget, "share": share} for budget, share in sorted(shares.items())],
         tables=checks,
     )
 
@@ -184,7 +195,7 @@ class _Search:
     ) -> None:
         self.model, self.texts, self.config = model, texts, config
         self.gated = gated_projections(model, artifact)
-        self.lora = artifact.lora
+        self.lora, self.loss_weights = artifact.lora, artifact.loss_weights
         self.recent: dict[int, Sensitivity] = {}
 
     def run(
@@ -221,6 +232,15 @@ class _Search:
                     logger.warning("interrupted at a budget of %.3g: tables below are missing", now)
                     return path, True
         return path, False
+
+    def blend(self, path: Path, budgets: Sequence[float]) -> tuple[Path, dict[float, float]]:
+        """`path` drawn towards equal ranks, by the loss on the last texts of the search."""
+        count = -(-self.config.held_out_tokens // self.config.search_tokens)
+        text = joined(self.texts[-count:])
+        return blended(path, budgets, self.verifier(text).loss)
+
+    def verifier(self, text: Text) -> Verifier:
+        return Verifier(self.model, self.gated, text, self.student, self.loss_weights)
 
     def _advance(self, path: Path, rounds: SearchState) -> Path:
         """One round further."""
@@ -281,7 +301,7 @@ class _Search:
     def _digest(self) -> str:
         """Of all that determines the path: settings, bases, adapters and text."""
         settings = asdict(self.config)
-        for name in ("budgets", "max_kl", "max_perplexity_increase", "held_out_tokens", "batched"):
+        for name in UNSEEN:
             del settings[name]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for projection in self.gated.values():

@@ -111,6 +111,18 @@ class Artifact:
                 return min(schedule_from_json(entry["schedule"]).smallest)
         return 0
 
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """What divergence and cross-entropy weighed in the last training; the first alone if none.
+
+        The two add up to one.
+        """
+        for entry in reversed(self.history):
+            if "settings" in entry:
+                kl, ce = entry["settings"]["kl"], entry["settings"]["ce"]
+                return kl / (kl + ce), ce / (kl + ce)
+        return 1.0, 0.0
+
     def with_history(self, stage: str, **entry: Any) -> Artifact:
         """A copy with one more history entry."""
         return replace(self, history=(*self.history, {"stage": stage, **entry}))

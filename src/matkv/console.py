@@ -105,17 +105,19 @@ def _clock(seconds: float) -> str:
 def tables_table(entries: Sequence[dict[str, Any]]) -> Table:
     """What a search found, by budget: shares and divergence, beside uniform ranks."""
     table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
-    for name in ("budget", "keys", "values", "KL", "KL uniform", "perplexity"):
+    for name in ("budget", "keys", "values", "KL", "uniform", "perplexity", "uniform"):
         table.add_column(name, justify="right")
     for entry in sorted(entries, key=lambda one: -one["budget"]):
-        uniform = entry.get("uniform_kl")
+        uniform_kl = entry.get("uniform_kl")
+        uniform_increase = entry.get("uniform_perplexity_increase")
         table.add_row(
             f"{entry['budget']:.1%}",
             f"{entry['key_share']:.1%}",
             f"{entry['value_share']:.1%}",
             f"{entry['kl']:.3f}",
-            "" if uniform is None else f"{uniform:.3f}",
-            f"+{entry['perplexity_increase']:.1%}",
+            "" if uniform_kl is None else f"{uniform_kl:.3f}",
+            f"{entry['perplexity_increase']:+.1%}",
+            "" if uniform_increase is None else f"{uniform_increase:+.1%}",
         )
     return table
 

@@ -93,6 +93,10 @@ class Divergence:
     loss: float
     teacher_loss: float
 
+    def weighted(self, kl: float, ce: float) -> float:
+        """The loss that training minimizes, over the teacher's."""
+        return kl * self.kl + ce * (self.loss - self.teacher_loss)
+
     @property
     def perplexity_increase(self) -> float:
         """Student's perplexity over teacher's, minus one."""
@@ -117,6 +121,15 @@ def take_text(batches: Iterable[Batch], tokens: int, device: torch.device, use: 
         if count >= tokens:
             return Text(tuple(pieces))
     raise DataError(f"the text ends after {count} of {tokens} tokens to {use} on: give more text")
+
+
+def joined(texts: Iterable[Text]) -> Text:
+    """Several texts as one."""
+    pieces: list[Piece] = []
+    for piece in (piece for text in texts for piece in text.pieces):
+        first = pieces[-1].rows.stop if pieces else 0
+        pieces.append(Piece(first, piece.ids_BT, piece.mask_BT, piece.padded))
+    return Text(tuple(pieces))
 
 
 @torch.inference_mode()

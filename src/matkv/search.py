@@ -270,6 +270,19 @@ def descend(
     return drops if count is None else drops[: max(0, count - len(path.drops))]
 
 
+def toward(path: Path, ranks: Sequence[float], budget: float) -> list[int]:
+    """Drops until `budget` holds, first of the units that lie furthest above their `ranks`."""
+    steps: list[tuple[float, int]] = []
+    units = zip(path.space.units, path.levels(), ranks, strict=True)
+    for index, (unit, start, rank) in enumerate(units):
+        steps += [
+            (rank - unit.ladder[level], index) for level in range(start, len(unit.ladder) - 1)
+        ]
+    drops = [index for _, index in sorted(steps)]
+    count = path.extended(drops).count_for(budget)
+    return drops if count is None else drops[: max(0, count - len(path.drops))]
+
+
 def _hull(costs: Sequence[float], widths: Sequence[int]) -> list[tuple[float, int, int]]:
     """(cost per column, first level, last level) along the lower convex hull, slopes rising."""
     hull: list[tuple[float, int, int]] = []

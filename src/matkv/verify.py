@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Verifier:
-    """Measures tables on held-out text; `student` puts the gates in place meanwhile."""
+    """Measures tables on one text; `student` puts the gates in place meanwhile.
+
+    `weights` of divergence and cross-entropy make up the loss by which tables are compared.
+    """
 
     def __init__(
         self,
@@ -26,13 +29,19 @@ class Verifier:
         gated: Gated,
         text: Text,
         student: Callable[[], AbstractContextManager[None]],
+        weights: tuple[float, float],
     ) -> None:
         self.model, self.gated, self.text, self.student = model, gated, text, student
+        self.weights = weights
         add_teacher(model, text)
 
     def divergence(self, table: RankTable) -> Divergence:
         with self.student():
             return measure(self.model, self.gated, self.text, table)
+
+    def loss(self, table: RankTable) -> float:
+        """What training minimizes, over the teacher's, in nats a token."""
+        return self.divergence(table).weighted(*self.weights)
 
     def entry(self, space: Space, budget: float, table: RankTable) -> dict[str, float]:
         """What an artifact's history keeps of a table; uniform ranks at the budget beside it."""
@@ -48,8 +57,10 @@ class Verifier:
         count = uniform.count_for(budget)
         if count is None or uniform.table(count) == table:
             return entry
-        entry["uniform_kl"] = self.divergence(uniform.table(count)).kl
-        if entry["uniform_kl"] < found.kl:
+        equal = self.divergence(uniform.table(count))
+        entry["uniform_kl"] = equal.kl
+        entry["uniform_perplexity_increase"] = equal.perplexity_increase
+        if equal.weighted(*self.weights) < found.weighted(*self.weights):
             logger.warning("at budget %g uniform ranks are better: search on more text", budget)
         return entry
 
