@@ -230,7 +230,8 @@ def allocate_command(
     if tasks is None:
         limit += config.expansions * config.search_tokens
     windows = data.text_windows(tokenizer, data.read_texts(text, "train"), window, limit)
-    batches: Iterator[Any] = data.batches(windows, max(1, BATCH_TOKENS // window))
+    at_once = min(BATCH_TOKENS, search_tokens) // window
+    batches: Iterator[Any] = data.batches(windows, max(1, at_once))
     if tasks is not None:  # verified on the text all the same
         solved = training_texts(tasks.split(","), tasks_dir)
         batches = chain(batches, text_batches(tokenizer, solved, 8))
