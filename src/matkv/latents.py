@@ -134,7 +134,8 @@ class LayerProjection(nn.Module):
 def per_head(x_BGXY: Tensor, map_GYZ: Tensor) -> Tensor:
     """Every head times its own matrix, as one batched product.  [BGXY, GYZ -> BGXZ]"""
     B, G, X, Y = x_BGXY.shape
-    if x_BGXY.device.type == "cpu" and B * X * map_GYZ.numel() <= ONE_THREAD:
+    is_small = x_BGXY.device.type == "cpu" and B * X * map_GYZ.numel() <= ONE_THREAD
+    if is_small and not torch.is_autocast_enabled("cpu"):  # which only casts matrix products
         products_BGXYZ = x_BGXY.float()[..., None] * map_GYZ[:, None]
         return products_BGXYZ.sum(-2).to(x_BGXY.dtype)
     x_GXY = x_BGXY.transpose(0, 1).reshape(G, B * X, Y)
