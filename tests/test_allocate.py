@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -410,3 +411,13 @@ def test_no_head_gets_a_rank_that_training_never_drew(llama: Tiny) -> None:
         ranks = [rank for *_, rank in found.tables[0.5].growing_ranks()]
         assert min(ranks) == lowest
         assert found.history[-1]["constraints"]["min_rank"] == lowest
+
+
+def test_tables_are_blended_by_the_loss_that_trained_the_bases(llama: Tiny) -> None:
+    trained = llama.artifact.with_history("distill", settings={"kl": 0.5, "ce": 1.5})
+    assert llama.artifact.loss_weights == (1.0, 0.0)
+    assert trained.loss_weights == (0.25, 0.75)
+    made = allocate(llama.model, trained, BATCHES, FISHER)
+    assert [one["budget"] for one in made.history[-1]["shares"]] == [0.25, 0.5, 0.75]
+    alone = allocate(llama.model, trained, BATCHES, replace(FISHER, blend=False))
+    assert alone.history[-1]["shares"] == []

@@ -197,6 +197,11 @@ class Path:
     def extended(self, drops: Sequence[int]) -> Path:
         return replace(self, drops=(*self.drops, *drops))
 
+    def until(self, budget: float, drops: list[int]) -> list[int]:
+        """The first of further `drops` after which `budget` holds, all where it never does."""
+        count = self.extended(drops).count_for(budget)
+        return drops if count is None else drops[: max(0, count - len(self.drops))]
+
     def counts(self) -> Sequence[int]:
         """Numbers of drops after which there is a table to use."""
         return range(len(self.drops) + 1) if self.stops is None else self.stops
@@ -266,8 +271,7 @@ def descend(
     drops: list[int] = []
     for _, index, first, last in sorted(steps):
         drops += [index] * (last - first)
-    count = path.extended(drops).count_for(budget)
-    return drops if count is None else drops[: max(0, count - len(path.drops))]
+    return path.until(budget, drops)
 
 
 def toward(path: Path, ranks: Sequence[float], budget: float) -> list[int]:
@@ -279,8 +283,7 @@ def toward(path: Path, ranks: Sequence[float], budget: float) -> list[int]:
             (rank - unit.ladder[level], index) for level in range(start, len(unit.ladder) - 1)
         ]
     drops = [index for _, index in sorted(steps)]
-    count = path.extended(drops).count_for(budget)
-    return drops if count is None else drops[: max(0, count - len(path.drops))]
+    return path.until(budget, drops)
 
 
 def _hull(costs: Sequence[float], widths: Sequence[int]) -> list[tuple[float, int, int]]:

@@ -58,13 +58,8 @@ def attend_near_exact(
         position_Q = token_T[T - Q + first :][:block]
         end = T - Q + first + block
         far, near = slice(max(0, end - 1 - window)), slice(max(0, end - block - window), end)
-        key_BGKD, value_BGKD = (
-            torch.cat((old[:, :, far], new[:, :, near]), dim=2)
-            for old, new in (
-                (truncated.key_BGTD, exact.key_BGTD),
-                (truncated.value_BGTD, exact.value_BGTD),
-            )
-        )
+        key_BGKD = torch.cat((truncated.key_BGTD[:, :, far], exact.key_BGTD[:, :, near]), 2)
+        value_BGKD = torch.cat((truncated.value_BGTD[:, :, far], exact.value_BGTD[:, :, near]), 2)
         is_near_QT = position_Q[:, None] - token_T <= window
         picked_QK = torch.cat((~is_near_QT[:, far], is_near_QT[:, near]), dim=1)
         rows_BGQT = bias_BGQT[:, :, first : first + block]
