@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 import matkv
-from matkv.allocate import AllocateConfig, Progress, allocate, gated_projections
+from matkv.allocate import allocate
+from matkv.allocate_config import AllocateConfig
 from matkv.artifact import Artifact
 from matkv.divergence import Gated, Text, add_teacher, measure, measure_changes, take_text
 from matkv.errors import BudgetError, DataError, MatkvError, RankError
 from matkv.hf import handled
 from matkv.latents import GatedProjection
 from matkv.ranks import RankTable
+from matkv.rounds import Progress, gated_projections
 from matkv.schedule import Independent
 from matkv.search import Constraints, Path, Space
 from matkv.sensitivity import Sensitivity, expand

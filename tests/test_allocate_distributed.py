@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from matkv.allocate import AllocateConfig, allocate
+from matkv.allocate import allocate
+from matkv.allocate_config import AllocateConfig
 from tiny import tiny, tokens
 
 BATCHES = [tokens(2, 24, seed=seed) for seed in range(5)]

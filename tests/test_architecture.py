@@ -18,14 +18,16 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
         "errors progress lora timing",
-        "task_files task_scores ranks schedule projection data losses plots search_state chat",
-        "default_model moments latents search artifact examples heatmap recipe haystack task_texts",
-        "kernels divergence checkpoints results models blend",
+        "files",
+        "articles task_files task_scores ranks schedule projection losses plots search_state chat",
+        "default_model data moments latents search artifact examples heatmap recipe task_texts",
+        "haystack kernels divergence checkpoints results models blend allocate_config",
         "exact window",
         "attention exact_tokens sensitivity verify store",
         "cache rank_search",
         "static_cache",
         "hf",
+        "rounds",
         "calibrate allocate evaluate benchmark benchmark_attention report plan adapters "
         "long_context lm_eval_model answers",
         "student tasks console vllm_plugin benchmark_plots",

@@ -148,7 +148,7 @@ BAD = {
     "limit alone": (("--limit", "5"), "--limit 5 needs --tasks"),
     "folder alone": (("--tasks-dir", "{data}"), "needs --tasks"),
     "bad budget": ((*TASKS, "--budget", "2"), "budget 2.0 must be in (0, 1]"),
-    "bad line": (("--tasks", "bad", "--tasks-dir", "{run}"), "bad.jsonl line 1 is not JSON"),
+    "bad line": (("--tasks", "bad", "--tasks-dir", "{run}"), "bad.jsonl, line 1: not JSON"),
 }
 
 

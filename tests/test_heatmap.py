@@ -48,8 +48,9 @@ def test_a_picture_is_written(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises(MatkvError, match="cannot draw"):
-        save_heatmap(TABLE, tmp_path / "missing" / "ranks.png")
+        save_heatmap(TABLE, tmp_path / "file" / "ranks.png")
     with pytest.raises(MatkvError, match="cannot draw"):
         save_heatmap(TABLE, tmp_path / "ranks.unknown")
 

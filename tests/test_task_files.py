@@ -80,8 +80,8 @@ def test_lines_may_hold_any_unicode(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    "{not json": "line 2 is not JSON",
-    "[1, 2]": "line 2 is no record",
+    "{not json": "line 2: not JSON",
+    "[1, 2]": "line 2: no record",
     '{"query": "q", "gold": 0}': "lacks 'query', or two or more 'choices'",
     '{"query": "q", "choices": ["a"], "gold": 0}': "two or more 'choices'",
     '{"continuation": "q", "gold": 0}': "two or more 'context_options'",

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from matkv.data import cache_home
+from matkv.files import cache_home
 
 from .protocol import Protocol, Row
 

@@ -6,8 +6,7 @@
     lora/                adapters in PEFT's format, where some were trained
     results/*.json       what was measured, untouched by `save`
 
-Nothing is pickled. `save` writes a sibling directory and renames it into place, so that a kill or a
-full disk leaves the old artifact whole.
+Nothing is pickled, and a kill or a full disk while saving leaves the old artifact whole.
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import time
-import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matkv.errors import ArtifactError, FingerprintError, RankError
+from matkv.files import recover_directory, replacing_directory
 from matkv.lora import Lora
 from matkv.projection import Maps
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
@@ -136,22 +133,13 @@ class Artifact:
             ArtifactError: the directory cannot be written, or `path` holds something else.
         """
         target = Path(path).resolve()
-        _recover(target)
+        recover_directory(target)
         check_target(target)
-        _sweep(target)
-        token = uuid.uuid4().hex[:8]
-        new = target.with_name(f".{target.name}.new-{token}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _copy_others(target, new)
-            self._write(new)
-            _swap(new, target)
+            with replacing_directory(target, written=(CONFIG, BASES, LORA)) as new:
+                self._write(new)
         except OSError as error:
-            shutil.rmtree(new, ignore_errors=True)
             raise ArtifactError(f"cannot save to {target}: {error}; nothing was changed") from error
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
         return target
 
     def _write(self, directory: Path) -> None:
@@ -194,7 +182,7 @@ class Artifact:
             ArtifactError: it is missing, foreign, damaged or of another format version.
         """
         directory = Path(path).resolve()
-        _recover(directory)
+        recover_directory(directory)
         config = _read_config(directory)
         try:
             geometry = Geometry.from_json(config["geometry"])
@@ -333,54 +321,6 @@ def _sha256_of_all(directory: Path) -> str | None:
     """One checksum of the files in a directory; None without any."""
     sums = [_sha256(path) for path in sorted(directory.glob("*"))]
     return hashlib.sha256("".join(sums).encode()).hexdigest() if sums else None
-
-
-def _copy_others(old: Path, new: Path) -> None:
-    """Start the new directory with everything of the old one that `save` does not write."""
-
-    def ours(directory: str, _names: list[str]) -> set[str]:
-        return {CONFIG, BASES, LORA} if Path(directory) == old else set()
-
-    if old.is_dir():
-        shutil.copytree(old, new, symlinks=True, ignore=ours, copy_function=_link_or_copy)
-    else:
-        new.mkdir()
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed saves to `target` left beside it; one under way is younger than a day."""
-    for left in target.parent.glob(f".{target.name}.new-*"):
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Put `new` in place of `target`; `_recover` mends a kill between the two renames."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _recover(target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    if not target.exists() and old.is_dir():
-        logger.warning("a save to %s was cut off: the artifact before it is put back", target)
-        old.rename(target)
 
 
 def _close(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:

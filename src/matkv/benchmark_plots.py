@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matkv.errors import MatkvError
+from matkv.files import replacing
 
 Row = Mapping[str, Any]
 GREYS, COLORS = ("#9aa0a6", "#5f6368"), ("#1f77b4", "#2b8a3e", "#e8590c", "#d6336c", "#7048e8")
@@ -130,8 +131,6 @@ def _save(draw: Callable[[Any], None], path: Path) -> Path:
     draw(axes)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as new:
+        figure.savefig(new, format="png")
     return path

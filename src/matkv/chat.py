@@ -5,7 +5,6 @@ Shapes: T token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from matkv.errors import DataError
+from matkv.files import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,15 +31,7 @@ def read_chats(path: str | Path) -> list[Messages]:
         DataError: the file is missing or empty, or a line holds neither.
     """
     source = Path(path)
-    try:
-        lines = source.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {source}: {error}") from error
-    chats = [
-        _chat(line, f"{source}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    chats = [_chat(*line) for line in read_json_lines(source)]
     if not chats:
         raise DataError(f"{source} holds no conversation: put one JSON object on each line")
     return chats
@@ -102,11 +94,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, prompt:
     return ids
 
 
-def _chat(line: str, where: str) -> Messages:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg})") from error
+def _chat(where: str, record: Any) -> Messages:
     if isinstance(record, dict) and "messages" not in record:
         turns = (("user", "prompt"), ("assistant", "response"))
         messages: Any = [{"role": role, "content": record.get(name)} for role, name in turns]

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import typer
 
 from matkv import console, data
-from matkv.allocate import AllocateConfig, allocate
+from matkv.allocate import allocate
+from matkv.allocate_config import AllocateConfig
 from matkv.artifact import Artifact, check_target
 from matkv.calibrate import CalibrateConfig, calibrate
 from matkv.chat import chat_examples, read_chats

@@ -21,10 +21,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from matkv import allocate as search
 from matkv import progress as training
 from matkv.artifact import Artifact
 from matkv.ranks import SIDES
+from matkv.rounds import Progress as SearchProgress
 from matkv.task_scores import AVERAGE
 
 # Results go to standard output, progress and notes to standard error: --json can be piped.
@@ -80,7 +80,7 @@ def training_progress() -> Iterator[Callable[[training.Progress], None]]:
 
 
 @contextmanager
-def search_progress() -> Iterator[Callable[[search.Progress], None]]:
+def search_progress() -> Iterator[Callable[[SearchProgress], None]]:
     """A line that follows a search: rounds, the budget and KL reached, and time left."""
     with err.status("searching: getting ready") as status:
         yield lambda at: status.update(

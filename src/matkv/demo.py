@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import console, data
-from matkv.allocate import AllocateConfig, allocate
+from matkv.allocate import allocate
+from matkv.allocate_config import AllocateConfig
 from matkv.artifact import Artifact
 from matkv.cache import refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matkv.errors import MatkvError
+from matkv.files import replacing
 from matkv.ranks import SIDES, RankTable, Side
 
 # What the paper found for LLaMA2-7B at a budget of 37.5%.
@@ -85,7 +86,8 @@ def save_heatmap(table: RankTable, path: str | Path, *, title: str | None = None
     figure.colorbar(image, ax=axes, label="columns kept / head dim")
     figure.suptitle(title or f"ranks at a budget of {table.budget:.1%}")
     try:
-        figure.savefig(path, dpi=150)
+        with replacing(Path(path)) as new:
+            figure.savefig(new, dpi=150)
     except (OSError, ValueError) as error:
         raise MatkvError(f"cannot draw {path}: {error}") from error
     return Path(path)

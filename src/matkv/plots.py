@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matkv.errors import MatkvError
+from matkv.files import replacing
 
 COLORS = ("#9aa0a6", "#1f77b4", "#d6336c", "#2b8a3e", "#e8590c")
 
@@ -50,10 +51,8 @@ def plot_quality(
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as new:
+        figure.savefig(new, format="png")
     return path
 
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import sys
-import uuid
 from collections.abc import Iterable, Sequence
 from datetime import date
 from functools import cache
@@ -28,6 +26,7 @@ import torch
 
 from matkv.artifact import Artifact
 from matkv.errors import ArtifactError
+from matkv.files import replacing
 from matkv.ranks import SIDES, RankTable
 
 Record = dict[str, Any]
@@ -124,14 +123,10 @@ def save_rows(run: str | Path, kind: str, rows: Iterable[Record], keys: Sequence
     merged = {key(row): row for row in load_rows(run, kind)}
     for row in rows:
         merged[key(row)] = {name: _finite(value) for name, value in row.items()}
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("w", encoding="utf-8") as file:
+        with replacing(path) as new, new.open("w", encoding="utf-8") as file:
             json.dump({"kind": kind, "rows": list(merged.values())}, file, indent=1)
-        os.replace(new, path)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise ArtifactError(f"cannot write {path}: {error}; nothing was changed") from error
     return path
 

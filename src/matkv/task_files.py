@@ -11,7 +11,6 @@ what is right.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from matkv.errors import DataError, MatkvError
+from matkv.files import read_json_lines
 
 Item = dict[str, Any]
 HUB = "lm-eval"
@@ -99,15 +99,7 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         DataError: it cannot be read, holds none, or a line is no item.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    items = [
-        _item(line, f"{path} line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    items = [_item(*line) for line in read_json_lines(path)]
     if not items:
         raise DataError(f"{path} holds no item: {FORMAT}")
     if len({"query" in item for item in items}) > 1:
@@ -115,19 +107,15 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-def _item(line: str, where: str) -> Item:
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}): {FORMAT}") from None
+def _item(where: str, item: Any) -> Item:
     if not isinstance(item, dict):
-        raise DataError(f"{where} is no record: {FORMAT}")
+        raise DataError(f"{where}: no record: {FORMAT}")
     one, many = ("query", "choices") if "query" in item else ("continuation", "context_options")
     text, texts, gold = item.get(one), item.get(many), item.get("gold")
     if not isinstance(text, str) or not isinstance(texts, list) or len(texts) < 2:
-        raise DataError(f"{where} lacks {one!r}, or two or more {many!r}: {FORMAT}")
+        raise DataError(f"{where}: lacks {one!r}, or two or more {many!r}: {FORMAT}")
     if not all(isinstance(part, str) and part.strip() for part in (text, *texts)):
-        raise DataError(f"{where} has an empty text, which cannot be scored: {FORMAT}")
+        raise DataError(f"{where}: has an empty text, which cannot be scored: {FORMAT}")
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(texts):
         raise DataError(f"{where}: gold {gold!r} must be in 0..{len(texts) - 1}, the right index")
     return {one: text, many: texts, "gold": gold}

@@ -13,12 +13,12 @@ It reads artifacts and their `results/*.json` only; no model is loaded and nothi
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from matkv.errors import MatkvError
+from matkv.files import replacing
 from matkv.report.accuracy import accuracy_section
 from matkv.report.bases import ranks_section, spectra_section, training_section
 from matkv.report.context import context_section
@@ -74,8 +74,10 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         outdated = _pictures_of(target / PAGE) - {f"{one.name}.png" for one in pictures}
         for one in pictures:
-            _write(target / f"{one.name}.png", one.png)
-        _write(target / PAGE, page.encode())
+            with replacing(target / f"{one.name}.png") as new:
+                new.write_bytes(one.png)
+        with replacing(target / PAGE) as new:
+            new.write_text(page, encoding="utf-8")
         for name in outdated:
             (target / name).unlink(missing_ok=True)
     except OSError as error:
@@ -90,16 +92,6 @@ def _footer(runs: Sequence[Run]) -> str:
         program = "matkv"
     day = last_date(runs)
     return f"Made by {program} report" + (f"; last measured on {day}." if day else ".")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write under another name and rename, so that nobody ever reads half a file."""
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        new.write_bytes(content)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _pictures_of(page: Path) -> set[str]:

@@ -1,0 +1,156 @@
+"""Files in and out: text and JSON lines with errors that name the line, outputs that are never half
+written.
+
+What is written gets a name beside its own and is renamed at the end, so that a kill or a full disk
+leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from matkv.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def cache_home() -> Path:
+    """Folder for what matkv derives once and keeps: `MATKV_CACHE`, else the XDG cache folder."""
+    if own := os.environ.get("MATKV_CACHE"):
+        return Path(own).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "matkv"
+    return Path.home() / ".cache" / "matkv"
+
+
+# ---- reading
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What every line of a JSONL file holds, and where it stands, for errors; blank lines left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON.
+    """
+    # Not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends here.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg})") from error
+
+
+# ---- writing
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file to: renamed to it at the end, gone after an error.
+
+    Folders above are made. The suffix stays, for those who tell formats by it.
+    """
+    new = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        new.replace(path)
+    finally:
+        # Its folder may be what could not be made; that error must not hide behind this one.
+        with suppress(OSError):
+            new.unlink()
+
+
+@contextmanager
+def replacing_directory(target: Path, written: Collection[str]) -> Iterator[Path]:
+    """A new directory beside `target` that takes its place at the end, and is gone after an error.
+
+    It starts with everything of the old one but the names in `written`.
+    """
+    recover_directory(target)
+    _sweep(target)
+    new = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy_others(target, new, written)
+        yield new
+        _swap(new, target)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def recover_directory(target: Path) -> None:
+    """Put back the directory that a kill between the renames of `_swap` left aside."""
+    old = _aside(target)
+    if not target.exists() and old.is_dir():
+        logger.warning("a save to %s was cut off: what was there before is put back", target)
+        old.rename(target)
+
+
+def _copy_others(old: Path, new: Path, written: Collection[str]) -> None:
+    def left_out(directory: str, _names: list[str]) -> Collection[str]:
+        return written if Path(directory) == old else ()
+
+    if old.is_dir():
+        shutil.copytree(old, new, symlinks=True, ignore=left_out, copy_function=_link_or_copy)
+    else:
+        new.mkdir()
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed saves to `target` left beside it; one under way is younger than a day."""
+    for left in target.parent.glob(f".{target.name}.new-*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in place of `target`; `recover_directory` mends a kill between the two renames."""
+    old = _aside(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")

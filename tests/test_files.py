@@ -1,0 +1,103 @@
+"""Reading with errors that name the line, and outputs that are never half written."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from matkv.errors import DataError
+from matkv.files import (
+    cache_home,
+    read_json_lines,
+    read_text,
+    recover_directory,
+    replacing,
+    replacing_directory,
+)
+
+
+def test_cache_home_prefers_own_variable_then_xdg_then_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("MATKV_CACHE", "~/own")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_home() == Path("/home/somebody/own")
+    monkeypatch.delenv("MATKV_CACHE")
+    assert cache_home() == Path("/xdg/matkv")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_home() == Path("/home/somebody/.cache/matkv")
+
+
+def test_json_lines_say_where_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "one\u2028two"}\n\n[3]\n', encoding="utf-8")
+    assert list(read_json_lines(path)) == [
+        (f"{path}, line 1", {"a": "one\u2028two"}),
+        (f"{path}, line 3", [3]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"a": 1}\n{', "line 2: not JSON"), (b"\xff", "not UTF-8 at byte 0"), (None, "cannot read")],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_json_lines(path))
+    if content is None:
+        with pytest.raises(DataError, match=message):
+            read_text(path)
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.png"
+    with replacing(path) as new:
+        assert (new.parent, new.suffix) == (path.parent, ".png")
+        new.write_text("first")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), replacing(path) as new:
+        new.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first"
+    assert os.listdir(path.parent) == ["a.png"]
+
+
+def test_a_folder_that_cannot_be_made_is_the_error_one_sees(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"), replacing(tmp_path / "file" / "a"):
+        pass
+
+
+def test_a_directory_keeps_the_others_and_is_replaced_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    for name, content in (("ours", "old"), ("gone", "old"), ("others", "kept")):
+        with replacing(target / name) as new:
+            new.write_text(content)
+    with replacing_directory(target, written=("ours", "gone")) as made:
+        (made / "ours").write_text("new")
+        assert (target / "ours").read_text() == "old"
+    found = {path.name: path.read_text() for path in target.iterdir()}
+    assert found == {"ours": "new", "others": "kept"}
+    with pytest.raises(OSError, match="full"), replacing_directory(target, written=()) as made:
+        raise OSError("disk full")
+    assert os.listdir(tmp_path) == ["run"]
+    assert (target / "ours").read_text() == "new"
+
+
+def test_what_kills_left_is_put_back_or_swept(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    (tmp_path / ".run.old").mkdir()
+    recover_directory(target)
+    assert os.listdir(tmp_path) == ["run"]
+    stale, young = tmp_path / ".run.new-1", tmp_path / ".run.new-2"
+    for left in (stale, young):
+        left.mkdir()
+    os.utime(stale, (time.time() - 90_000,) * 2)
+    with replacing_directory(target, written=()):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".run.new-2", "run"]
