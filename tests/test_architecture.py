@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
         "errors progress lora timing",
-        "files",
+        "files replay",
         "articles task_files task_scores ranks schedule projection losses plots search_state chat",
         "default_model data moments latents search artifact examples heatmap recipe task_texts",
         "haystack kernels divergence checkpoints results models blend allocate_config",

@@ -12,7 +12,6 @@ Shapes: B batch, N sequence, T token, V vocabulary, G KV head, D head dim, C can
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from matkv.errors import DataError, UnsupportedModelError
+from matkv.errors import DataError
 from matkv.latents import GatedProjection, rank_gate
 from matkv.losses import row_blocks
 from matkv.ranks import RankTable
+from matkv.replay import blocks_of, recorded, resumed
 
 Batch = Tensor | Mapping[str, Tensor]
 Gated = dict[int, GatedProjection]
@@ -172,10 +172,10 @@ def measure_changes(
     order = sorted(changes)
     columns = 1 + sum(len(changes[layer]) for layer in order)
     kl_NC = torch.zeros(text.sequences, columns, dtype=torch.float64, device=model.device)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     for piece in text.mine:
         set_gates(gated, table)
-        with _recorded(blocks) as outputs:
+        with recorded(blocks) as outputs:
             logits_BTV = model(**piece.inputs(), use_cache=False).logits
         kl_NC[piece.rows, 0] = _sums(logits_BTV, piece)[:, 0]
         column = 1
@@ -207,7 +207,7 @@ def _kl_of_tables(
         gate_CGD = torch.stack([rank_gate(table.side(side)[layer], dim) for table in tables])
         gate_BGD = gate_CGD.repeat_interleave(B, 0).to(model.device)
         setattr(projection, f"{side}_gate", gate_BGD)
-    with _resumed(blocks, outputs, layer, C):
+    with resumed(blocks, outputs, layer, C):
         logits = model(**piece.inputs(C), use_cache=False).logits
     parts = [_sums(part_BTV, piece)[:, 0] for part_BTV in logits.split(B)]
     return torch.stack(parts, dim=1)
@@ -265,67 +265,6 @@ def _sums(logits_BTV: Tensor, piece: Piece) -> Tensor:
 def _target_mask(mask_BT: Tensor) -> Tensor:
     """1 at tokens whose next token is there to be predicted.  [..., T-1]"""
     return mask_BT[..., 1:] * mask_BT[..., :-1]
-
-
-# ---- sharing the layers below a change
-
-
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's blocks, in order.
-
-    Raises:
-        UnsupportedModelError: there is no list of them.
-    """
-    decoder = model.get_decoder()
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == layers:
-            return list(child)
-    raise UnsupportedModelError(f"{type(decoder).__name__} has no list of {layers} decoder blocks")
-
-
-@contextmanager
-def _recorded(blocks: list[nn.Module]) -> Iterator[list[Any]]:
-    """Collect what every block returns."""
-    outputs: list[Any] = []
-    hooks = [block.register_forward_hook(lambda *io: outputs.append(io[2])) for block in blocks]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _resumed(
-    blocks: list[nn.Module], outputs: list[Any], layer: int, copies: int
-) -> Iterator[None]:
-    """Let blocks below `layer` return what they returned before, once per copy of the batch."""
-    replaced = blocks[:layer]
-    try:
-        for block, output in zip(replaced, outputs, strict=False):
-            block.forward = _Replay(output, copies)
-        yield
-    finally:
-        for block in replaced:
-            del block.forward
-
-
-class _Replay:
-    """Stands in for a block's forward."""
-
-    def __init__(self, output: Any, copies: int) -> None:
-        self.output, self.copies = output, copies
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        if isinstance(self.output, Tensor):
-            return self._copied(self.output)
-        return tuple(self._copied(part) for part in self.output)
-
-    def _copied(self, part: Any) -> Any:
-        if not isinstance(part, Tensor) or self.copies == 1:
-            return part
-        return part.repeat(self.copies, *[1] * (part.dim() - 1))
 
 
 def _chunks(tables: Sequence[RankTable], size: int) -> Iterator[Sequence[RankTable]]:
