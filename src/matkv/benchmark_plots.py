@@ -9,6 +9,7 @@ from typing import Any
 
 from matkv.errors import MatkvError
 from matkv.files import replacing
+from matkv.plots import new_figure
 
 Row = Mapping[str, Any]
 GREYS, COLORS = ("#9aa0a6", "#5f6368"), ("#1f77b4", "#2b8a3e", "#e8590c", "#d6336c", "#7048e8")
@@ -120,13 +121,7 @@ def _size(count: float) -> str:
 
 
 def _save(draw: Callable[[Any], None], path: Path) -> Path:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MatkvError("plots need matplotlib: pip install 'matkv[report]'") from error
-    figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     axes = figure.add_subplot()
     draw(axes)
     axes.grid(alpha=0.25)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from matkv.errors import MatkvError
 from matkv.files import replacing
+from matkv.plots import new_figure
 from matkv.ranks import SIDES, RankTable, Side
 
 # What the paper found for LLaMA2-7B at a budget of 37.5%.
@@ -59,19 +60,9 @@ def save_heatmap(table: RankTable, path: str | Path, *, title: str | None = None
     Raises:
         MatkvError: matplotlib is not installed, or `path` cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MatkvError(
-            "a picture needs matplotlib, which is not installed: pip install 'matkv[report]'"
-        ) from error
     layers = table.geometry.growing
     heads = max(table.geometry.layers[layer].kv_heads for layer in layers)
-    figure = Figure(
-        figsize=(3.4 + 0.26 * max(heads, 6) * 2, 1.6 + 0.2 * len(layers)), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.4 + 0.26 * max(heads, 6) * 2, 1.6 + 0.2 * len(layers))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, side in zip(axes, SIDES, strict=True):
         image = axis.imshow(
@@ -87,7 +78,7 @@ def save_heatmap(table: RankTable, path: str | Path, *, title: str | None = None
     figure.suptitle(title or f"ranks at a budget of {table.budget:.1%}")
     try:
         with replacing(Path(path)) as new:
-            figure.savefig(new, dpi=150)
+            figure.savefig(new)
     except (OSError, ValueError) as error:
         raise MatkvError(f"cannot draw {path}: {error}") from error
     return Path(path)

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matkv.errors import MatkvError
 from matkv.files import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLORS = ("#9aa0a6", "#1f77b4", "#d6336c", "#2b8a3e", "#e8590c")
+
+
+def new_figure(width: float = 7, height: float = 4.2) -> Figure:
+    """An empty figure, in inches, that needs no screen.
+
+    Raises:
+        MatkvError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MatkvError("plots need matplotlib: pip install 'matkv[report]'") from error
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_quality(
@@ -21,14 +41,9 @@ def plot_quality(
     Raises:
         MatkvError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
-    except ImportError as error:
-        raise MatkvError("plots need matplotlib: pip install 'matkv[report]'") from error
-    figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
+    from matplotlib.ticker import FuncFormatter
+
     axes = figure.add_subplot()
     for (name, points), color in zip(curves.items(), COLORS, strict=False):
         budgets, values = zip(*sorted(points, reverse=True), strict=True)
