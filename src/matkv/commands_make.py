@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch.distributed as dist
 import typer
+from transformers import PreTrainedTokenizerBase
 
 from matkv import console, data
 from matkv.allocate import allocate
@@ -113,15 +113,7 @@ def distill_command(
     }  # fmt: skip
     config = _settings(recipe, given)
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    held_out: Any = None
-    if chats is not None:
-        examples: Any = chat_examples(tokenizer, read_chats(chats), config.sequence_length)
-    else:
-        length = config.sequence_length
-        examples = data.text_windows(tokenizer, data.read_texts(text, "train"), length)
-        if text == "default" or text.startswith("hub:"):
-            held = data.read_texts(text, "validation")
-            held_out = data.text_windows(tokenizer, held, length, 4 * length)
+    examples, held_out = _examples(tokenizer, text, chats, config.sequence_length)
     checkpoints = target.with_name(f".{target.name}.checkpoints")
     with console.training_progress() as update:
         trained = distill(
@@ -145,6 +137,19 @@ def distill_command(
         console.print_json({"artifact": str(target), "history": trained.history[-1]})
     else:
         console.out.print(f"wrote {target}")
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerBase, text: str, chats: Path | None, length: int
+) -> tuple[Any, Any]:
+    """What to train on, and four sequences held out where the source has some."""
+    if chats is not None:
+        return chat_examples(tokenizer, read_chats(chats), length), None
+    examples = data.text_windows(tokenizer, data.read_texts(text, "train"), length)
+    if text != "default" and not text.startswith("hub:"):
+        return examples, None
+    held_out = data.read_texts(text, "validation")
+    return examples, data.text_windows(tokenizer, held_out, length, 4 * length)
 
 
 def _settings(recipe: Path | None, given: dict[str, Any]) -> DistillConfig:
@@ -227,15 +232,8 @@ def allocate_command(
         drops=drops,
     )
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    limit = config.held_out_tokens
-    if tasks is None:
-        limit += config.expansions * config.search_tokens
-    windows = data.text_windows(tokenizer, data.read_texts(text, "train"), window, limit)
-    at_once = min(BATCH_TOKENS, search_tokens) // window
-    batches: Iterator[Any] = data.batches(windows, max(1, at_once))
-    if tasks is not None:  # verified on the text all the same
-        solved = training_texts(tasks.split(","), tasks_dir)
-        batches = chain(batches, text_batches(tokenizer, solved, 8))
+    solved = training_texts(tasks.split(","), tasks_dir) if tasks is not None else None
+    batches = _search_batches(tokenizer, data.read_texts(text, "train"), solved, window, config)
     state = target.with_name(f".{target.name}.allocate.jsonl")
     with console.search_progress() as update:
         found = allocate(model, artifact, batches, config, state=state, on_progress=update)
@@ -246,6 +244,24 @@ def allocate_command(
         sys.exit(130)
     state.unlink(missing_ok=True)
     _show_tables(found, budget, picture, entry, as_json)
+
+
+def _search_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    solved: list[str] | None,
+    window: int,
+    config: AllocateConfig,
+) -> Iterator[Any]:
+    """Held-out text, then text to search on: `solved` tasks where they are given."""
+    limit = config.held_out_tokens
+    if solved is None:
+        limit += config.expansions * config.search_tokens
+    windows = data.text_windows(tokenizer, texts, window, limit)
+    at_once = max(1, min(BATCH_TOKENS, config.search_tokens) // window)
+    yield from data.batches(windows, at_once)
+    if solved is not None:
+        yield from text_batches(tokenizer, solved, 8)
 
 
 def _show_tables(
