@@ -14,6 +14,7 @@ and only budgets with all tasks. The difference to the full cache is taken item 
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from matkv import results
@@ -64,34 +65,74 @@ def line(name: str, tasks: dict[str, Record], score: Record | None) -> list[str]
     return cells
 
 
-def table(run: Path, uniform: bool) -> str:
-    """The Markdown table of one artifact."""
-    scored = rows_of(run, "perplexity", uniform)
-    most = max((row["tokens"] for row in scored), default=0)
-    scores = {row["budget"]: row for row in scored if row["tokens"] == most}
-    items = rows_of(run, "tasks", uniform)
-    limit = max((row["limit"] or math.inf for row in items), default=0)
-    items = complete([row for row in items if (row["limit"] or math.inf) == limit])
+def perplexities(run: Path, uniform: bool) -> dict[float | None, Record]:
+    """The row of every budget, of the most tokens that any was measured on."""
+    rows = rows_of(run, "perplexity", uniform)
+    most = max((row["tokens"] for row in rows), default=0)
+    return {row["budget"]: row for row in rows if row["tokens"] == most}
+
+
+def accuracies(run: Path, uniform: bool) -> dict[float | None, dict[str, Record]]:
+    """Every budget's tasks and their average, of the most items that any was measured on."""
+    rows = rows_of(run, "tasks", uniform)
+    limit = max((row["limit"] or math.inf for row in rows), default=0)
     by_budget: dict[float | None, dict[str, Record]] = {}
-    for row in summarize(items):
+    for row in summarize(complete([row for row in rows if (row["limit"] or math.inf) == limit])):
         by_budget.setdefault(row["budget"], {})[row["task"]] = row
-    budgets = sorted({b for b in [*scores, *by_budget] if b is not None}, reverse=True)
-    names = [task for task in next(iter(by_budget.values()), {}) if task != AVERAGE]
+    return by_budget
+
+
+def name_of(budget: float | None) -> str:
+    return "full cache" if budget is None else f"{budget:.1%}"
+
+
+def table(run: Path, uniform: bool) -> str:
+    """The Markdown table of one artifact: a row for every budget."""
+    scores, tasks = perplexities(run, uniform), accuracies(run, uniform)
+    names = [task for task in next(iter(tasks.values()), {}) if task != AVERAGE]
     head = [run.name, "perplexity", *names]
     head += ["average", "against full", "kept"] if names else []
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for budget in [None, *budgets]:
-        name = "full cache" if budget is None else f"{budget:.1%}"
-        cells = line(name, by_budget.get(budget, {}), scores.get(budget))
-        lines.append("| " + " | ".join(cells + [""] * (len(head) - len(cells))) + " |")
-    return "\n".join(lines)
+    lines = [head, ["---"] * len(head)]
+    for budget in [None, *falling(scores, tasks)]:
+        cells = line(name_of(budget), tasks.get(budget, {}), scores.get(budget))
+        lines.append(cells + [""] * (len(head) - len(cells)))
+    return markdown(lines)
+
+
+def summary(runs: list[Path], uniform: bool) -> str:
+    """The Markdown table of all artifacts: average accuracy and what it keeps, for every budget."""
+    found = {run.name: accuracies(run, uniform) for run in runs}
+    budgets = [None, *falling(*found.values())]
+    lines = [["", *map(name_of, budgets)], ["---"] * (len(budgets) + 1)]
+    for name, tasks in found.items():
+        means = [tasks.get(budget, {}).get(AVERAGE) for budget in budgets]
+        lines.append([name, *("" if mean is None else kept(mean) for mean in means)])
+    return markdown(lines)
+
+
+def kept(mean: Record) -> str:
+    accuracy = f"{100 * mean['acc']:.1f}"
+    return accuracy if mean["retention"] is None else f"{accuracy} ({mean['retention']:.1%})"
+
+
+def falling(*by_budget: Mapping[float | None, object]) -> list[float]:
+    """All budgets but the full cache's, the largest first."""
+    return sorted({b for rows in by_budget for b in rows if b is not None}, reverse=True)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--uniform", action="store_true", help="rows of uniform ranks")
+    parser.add_argument("--summary", action="store_true", help="one table of average accuracies")
     options = parser.parse_args()
+    if options.summary:
+        print(summary(options.runs, options.uniform))
+        return
     for run in options.runs:
         print(table(run, options.uniform), end="\n\n")
 
