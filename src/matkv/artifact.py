@@ -133,7 +133,6 @@ class Artifact:
             ArtifactError: the directory cannot be written, or `path` holds something else.
         """
         target = Path(path).resolve()
-        recover_directory(target)
         check_target(target)
         try:
             with replacing_directory(target, written=(CONFIG, BASES, LORA)) as new:
