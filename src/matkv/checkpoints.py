@@ -41,13 +41,19 @@ def remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def check_same_run(config: DistillConfig, saved: dict[str, Any]) -> None:
-    """Make sure that a checkpoint goes on with the settings it was made with.
+def check_same_run(config: DistillConfig, start: str, run: dict[str, Any]) -> None:
+    """Make sure that a checkpoint goes on with the settings and bases it was made with.
 
     Raises:
-        TrainingError: it was made with others; the message names them.
+        TrainingError: it was made with others; the message names the settings.
     """
-    ours = config.to_json()
+    # What is learned are turns of the bases at the start: of others they would make anything.
+    if run.get("start", start) != start:
+        raise TrainingError(
+            "the checkpoint started from other bases: resume with the artifact it started from, or "
+            "start anew without resume"
+        )
+    ours, saved = config.to_json(), run["config"]
     names = [name for name in ours if name not in FREE_SETTINGS and ours[name] != saved.get(name)]
     if names:
         changes = ", ".join(f"{name} {saved.get(name)} (now {ours[name]})" for name in names)

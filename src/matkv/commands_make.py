@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,9 @@ def distill_command(
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
     examples, held_out = _examples(tokenizer, text, chats, config.sequence_length)
     checkpoints = target.with_name(f".{target.name}.checkpoints")
+    artifact = _start(
+        artifact, checkpoints / "start", resume, keep=target.resolve() == run.resolve()
+    )
     with console.training_progress() as update:
         trained = distill(
             model,
@@ -137,6 +141,17 @@ def distill_command(
         console.print_json({"artifact": str(target), "history": trained.history[-1]})
     else:
         console.out.print(f"wrote {target}")
+
+
+def _start(artifact: Artifact, kept: Path, resume: bool, *, keep: bool) -> Artifact:
+    """What a training starts from: kept beside its checkpoints, if it writes over the artifact."""
+    if resume and kept.is_dir():
+        return Artifact.load(kept)
+    if not resume and os.environ.get("RANK", "0") == "0":  # no process group is there yet
+        shutil.rmtree(kept, ignore_errors=True)
+        if keep:
+            artifact.save(kept)
+    return artifact
 
 
 def _examples(

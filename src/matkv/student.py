@@ -11,6 +11,7 @@ G KV head, T token, N position that counts, D head dim, M model dim.
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -68,9 +69,9 @@ class Bases(nn.Module):
                 )
                 group.append(maps)
                 first += heads
-        self.groups = nn.ModuleDict(
-            {dim: LearnedMaps(_stack(maps), kind) for dim, maps in found.items()}
-        )
+        stacks = {dim: _stack(maps) for dim, maps in found.items()}
+        self.start = _digest(stacks)  # names what is learned from
+        self.groups = nn.ModuleDict({dim: LearnedMaps(maps, kind) for dim, maps in stacks.items()})
 
     def forward(self, sizes_BX: Tensor) -> dict[tuple[int, Side], Tensor]:
         """P of every layer and side at given ranks, [BGDD] in fp32."""
@@ -96,6 +97,14 @@ def truncated(maps: Maps, sizes_BX: Tensor) -> Tensor:
     """encode diag(gate) decode^T with the first `sizes` gates open.  [XDD, BX -> BXDD]"""
     column_D = torch.arange(maps.encode_GDD.shape[-1], device=sizes_BX.device)
     return gated(maps, column_D < sizes_BX[..., None])
+
+
+def _digest(stacks: dict[str, Maps]) -> str:
+    total = hashlib.sha256()
+    for maps in stacks.values():
+        for map_XDD in (maps.encode_GDD, maps.decode_GDD):
+            total.update(map_XDD.detach().cpu().float().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _stack(found: list[Maps]) -> Maps:

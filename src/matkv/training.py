@@ -171,6 +171,7 @@ class DistillTrainer(Trainer):
         save_file(learned, folder / LEARNED)
         run = {
             "config": self.config.to_json(),
+            "start": self.student.bases.start,
             "seconds": self.seconds,
             "earlier": self.earlier,
         }
@@ -181,7 +182,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         folder = Path(resume_from_checkpoint)
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        check_same_run(self.config, run["config"])
+        check_same_run(self.config, self.student.bases.start, run)
         self.seconds_before, self.started = float(run["seconds"]), time.perf_counter()
         self.earlier = run["earlier"]
         learned = load_file(folder / LEARNED)
