@@ -20,7 +20,7 @@ from matkv import (
     commands_use,
     console,
 )
-from matkv.demo import demo
+from matkv.demo import demo, show
 from matkv.errors import MatkvError
 from matkv.options import JsonOpt
 
@@ -44,6 +44,8 @@ def demo_command(
     result = demo(out)
     if as_json:
         console.print_json(result)
+    else:
+        show(result)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
