@@ -21,15 +21,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from matkv import data, load_model, results
-from matkv.artifact import Artifact, SideBases
-from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments
-from matkv.distill import distill
-from matkv.evaluate import evaluate, perplexity
-from matkv.hf import attach, detach
-from matkv.projection import Maps
+from matkv import data
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.records import made
+from matkv.bases.maps import Maps, SideBases
+from matkv.calibrate import CalibrateConfig, artifact_from
+from matkv.distill.config import DistillConfig
+from matkv.distill.stage import distill
+from matkv.evaluate.texts import evaluate, perplexity
+from matkv.hf.attach import attach, detach
+from matkv.hf.observe import collect_moments
+from matkv.models.load import load_model
 from matkv.ranks import SIDES, RankTable
-from matkv.recipe import DistillConfig
 
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 SHARES = ((0.25, 0.5), (0.375, 0.375), (0.5, 0.25))  # (keys, values) of a 37.5% budget
@@ -95,7 +98,7 @@ def measured(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, 
     names = ("full cache", *(f"before training, {start}" for start in starts))
     if names[0] not in done:
         full = evaluate(model, starts["query/output"], scored_NT, [])[0]
-        yield {"variant": names[0], "full": full.perplexity, **common, "made": results.made()}
+        yield {"variant": names[0], "full": full.perplexity, **common, "made": made()}
     for name, start in zip(names[1:], starts.values(), strict=True):
         if name not in done:
             yield {"variant": name, **scores(model, start, scored_NT), **common}
@@ -124,7 +127,7 @@ def measured(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, 
             **scores(model, artifact, scored_NT),
             **({"shares": shares(model, artifact, scored_NT)} if variant is VARIANTS[0] else {}),
             **common,
-            "made": results.made(seed=config.seed),
+            "made": made(seed=config.seed),
         }
 
 

@@ -8,10 +8,12 @@ Prints the Markdown table of docs/results.md. Training articles calibrate, held-
 import argparse
 import time
 
-from matkv import data, load_model
-from matkv.calibrate import CalibrateConfig, artifact_from, collect_moments
-from matkv.evaluate import evaluate
-from matkv.moments import KEY_BASES, VALUE_BASES
+from matkv import data
+from matkv.bases.moments import KEY_BASES, VALUE_BASES
+from matkv.calibrate import CalibrateConfig, artifact_from
+from matkv.evaluate.texts import evaluate
+from matkv.hf.observe import collect_moments
+from matkv.models.load import load_model
 
 BUDGETS = (0.75, 0.5, 0.375)
 EXACT = ((4, 0), (0, 32), (0, 128), (4, 32))  # (sink, window)

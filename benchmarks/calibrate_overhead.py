@@ -11,8 +11,9 @@ import time
 
 import torch
 
-from matkv import data, load_model
-from matkv.calibrate import collect_moments
+from matkv import data
+from matkv.hf.observe import collect_moments
+from matkv.models.load import load_model
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from matkv.artifact import Artifact
+from matkv.artifact.artifact import Artifact
 from matkv.errors import MatkvError
 
 

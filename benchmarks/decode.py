@@ -17,11 +17,13 @@ from functools import partial
 import torch
 from transformers import Cache, PreTrainedModel
 
-from matkv import Artifact, attach, load_model
-from matkv.benchmark import twin
-from matkv.cache import new_cache
-from matkv.hf import geometry_of
-from matkv.timing import Spread
+from matkv.artifact.artifact import Artifact
+from matkv.benchmark.decode import twin
+from matkv.benchmark.timing import Spread
+from matkv.cache.cache import new_cache
+from matkv.hf.attach import attach
+from matkv.hf.geometry import geometry_of
+from matkv.models.load import load_model
 
 
 def candidates(

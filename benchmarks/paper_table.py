@@ -17,16 +17,17 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from matkv import results
-from matkv.artifact import Artifact
-from matkv.results import Record
-from matkv.task_scores import AVERAGE, summarize
+from matkv.artifact import results
+from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.records import Record
+from matkv.evaluate.scores import AVERAGE, summarize
+from matkv.ranks import digest_of
 
 
 def rows_of(run: Path, kind: str, uniform: bool) -> list[Record]:
     """The rows of this artifact's own bases, ranks and window, and of the full cache."""
     artifact = Artifact.load(run)
-    mine, windows = results.digest(artifact), (None, artifact.window)
+    mine, windows = digest(artifact), (None, artifact.window)
 
     def fits(row: Record) -> bool:
         if row["artifact"] != mine or row["window"] not in windows:
@@ -34,7 +35,7 @@ def rows_of(run: Path, kind: str, uniform: bool) -> list[Record]:
         if row["budget"] is None:
             return True
         table = artifact.table(row["budget"], uniform=uniform)
-        return bool(row["ranks"] == results.digest_of(table))
+        return bool(row["ranks"] == digest_of(table))
 
     return [row for row in results.load_rows(run, kind) if fits(row)]
 

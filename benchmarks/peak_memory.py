@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from matkv import attach, calibrate
-from matkv.cache import new_cache
+from matkv import calibrate
+from matkv.cache.cache import new_cache
+from matkv.hf.attach import attach
 from matkv.ranks import RankTable
 
 CHUNK = 256

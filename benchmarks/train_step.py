@@ -13,10 +13,12 @@ import time
 
 import torch
 
-from matkv import calibrate, data, load_model
-from matkv.losses import LossWeights
+from matkv import calibrate, data
+from matkv.distill.bases import Bases, rank_axes
+from matkv.distill.losses import LossWeights
+from matkv.distill.student import Student
+from matkv.models.load import load_model
 from matkv.schedule import Independent
-from matkv.student import Bases, Student, rank_axes
 
 
 class Ideal(Student):

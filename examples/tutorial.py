@@ -10,9 +10,9 @@ import torch
 
 import matkv
 from matkv import data
-from matkv.distill import distill
-from matkv.evaluate import evaluate
-from matkv.recipe import DistillConfig
+from matkv.distill.config import DistillConfig
+from matkv.distill.stage import distill
+from matkv.evaluate.texts import evaluate
 
 parser = argparse.ArgumentParser(description="A model's cache, compressed step by step.")
 parser.add_argument("--model", default="smollm2-135m", help="hub id, directory or .gguf file")

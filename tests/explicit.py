@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from matkv.attention import Latents
+from matkv.latents.latents import Latents
 
 
 def attend_explicit(

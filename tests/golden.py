@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from lessons import quick, text
-from matkv.allocate import allocate
-from matkv.allocate_config import AllocateConfig
-from matkv.artifact import Artifact
+from matkv.allocate.config import AllocateConfig
+from matkv.allocate.stage import allocate
+from matkv.artifact.artifact import Artifact
 from matkv.calibrate import CalibrateConfig, calibrate
-from matkv.distill import distill
-from matkv.evaluate import evaluate
+from matkv.distill.stage import distill
+from matkv.evaluate.texts import evaluate
 from matkv.ranks import SIDES
 from tiny import build, left_padded, seeded, tokens
 

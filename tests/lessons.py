@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matkv.artifact import Artifact
-from matkv.projection import Maps
+from matkv.artifact.artifact import Artifact
+from matkv.bases.maps import Maps
+from matkv.distill.config import DistillConfig
 from matkv.ranks import SIDES
-from matkv.recipe import DistillConfig
 from tiny import VOCAB
 
 

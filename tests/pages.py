@@ -56,6 +56,10 @@ def parse(words: list[str]) -> None:
 
 def unknown_options(words: list[str]) -> list[str]:
     """The options of a command that it does not have; values may be placeholders."""
+    if (
+        "ignore_unknown_options" in PROGRAM.commands[words[0]].context_settings
+    ):  # another program reads them
+        return []
     known = {name for one in PROGRAM.commands[words[0]].params for name in one.opts}
     return [word for word in words[1:] if word.startswith("-") and word not in known | {"--help"}]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matkv
-from matkv.artifact import Artifact
+from matkv.artifact.artifact import Artifact
 from tiny import save_model, tokens
 
 WORDS = ("oak", "river", "stone", "cloud", "bread", "lamp", "goat", "wheel", "salt", "drum")

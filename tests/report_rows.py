@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matkv import results
-from matkv.artifact import Artifact
-from matkv.ranks import RankTable
+from matkv.artifact import results
+from matkv.artifact.artifact import Artifact, digest
+from matkv.ranks import RankTable, digest_of
+from matkv.report.pictures.theme import Picture
 
 BUDGETS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 TASKS = {
@@ -99,8 +100,8 @@ def named(artifact: Artifact, budget: float | None, *, uniform: bool = False) ->
     """What identifies a row's cache."""
     table = None if budget is None else artifact.table(budget, uniform=uniform)
     return {
-        "artifact": results.digest(artifact),
-        "ranks": results.digest_of(table),
+        "artifact": digest(artifact),
+        "ranks": digest_of(table),
         "budget": budget,
         "sink": 0,
         "window": 0,
@@ -121,7 +122,7 @@ def cost(cache: dict[str, Any], artifact: Artifact, worse: float) -> float:
     if cache["budget"] is None:
         return 0.0
     budget: float = cache["budget"]
-    uniform = cache["ranks"] == results.digest_of(artifact.table(budget, uniform=True))
+    uniform = cache["ranks"] == digest_of(artifact.table(budget, uniform=True))
     return worse * (1.3 if uniform else 1.0) * 0.08 * (1 / budget**2 - 1)
 
 
@@ -221,7 +222,7 @@ def peers(artifact: Artifact) -> list[dict[str, Any]]:
     return [
         {
             **shared,
-            **({"artifact": results.digest(artifact)} if family == "matkv" else {}),
+            **({"artifact": digest(artifact)} if family == "matkv" else {}),
             "method": method,
             "setting": setting,
             "family": family,
@@ -277,3 +278,8 @@ def samples(artifact: Artifact) -> list[dict[str, Any]]:
         for prompt in PROMPTS
         for budget in (None, 0.75, 0.5, 0.25)
     ]
+
+
+def stub(name: str, draw: Any, *, text: str, caption: str = "", **_: Any) -> Picture:
+    """In place of `picture`: drawing takes most of the time, and most tests look at none."""
+    return Picture(name=name, text=text, caption=caption, wide="<svg/>", narrow="<svg/>", png=b"")

@@ -12,9 +12,11 @@ import transformers
 from torch import Tensor
 
 import matkv
-from matkv.calibrate import CalibrateConfig, Progress, artifact_from, collect_moments
+from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.errors import DataError, MatkvError, RankError, UnsupportedModelError
-from matkv.hf import attention_modules, handled
+from matkv.hf.function import handled
+from matkv.hf.geometry import attention_modules
+from matkv.hf.observe import Progress, collect_moments
 from matkv.ranks import SIDES
 from tiny import COMMON, Tiny, from_config, largest_difference, left_padded, tokens
 

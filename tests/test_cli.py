@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from matkv import answers, cli, commands_make, commands_use
-from matkv.artifact import Artifact
+import matkv.commands.calibrate as calibrate_command
+import matkv.commands.chat as chat_command
+from matkv import cli
+from matkv.artifact.artifact import Artifact
+from matkv.evaluate import samples
 from tiny import save_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -116,15 +119,15 @@ def test_chat_keeps_its_cache_from_turn_to_turn(run: Path, tools: Call) -> None:
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("matkv.console.out.input", said)
+    monkeypatch.setattr("matkv.commands.console.out.input", said)
     read: list[int] = []
-    original = answers.generate
+    original = samples.generate
 
     def spy(model: Any, tokenizer: Any, ids: list[int], cache: Any, *rest: Any, **how: Any) -> Any:
         read.append(len(ids) - cache.get_seq_length())
         return original(model, tokenizer, ids, cache, *rest, **how)
 
-    monkeypatch.setattr(commands_use, "generate", spy)
+    monkeypatch.setattr(chat_command, "generate", spy)
     code, _, err = call(*tools, "chat", str(run), "--max-new-tokens", "3")
     assert code == 0, err
     assert "bytes of cache" in err
@@ -185,7 +188,7 @@ def test_ctrl_c_ends_with_one_line(run: Path, folder: Path, tools: Call) -> None
         raise KeyboardInterrupt
 
     monkeypatch, _ = tools
-    monkeypatch.setattr(commands_make, "calibrate", interrupted)
+    monkeypatch.setattr(calibrate_command, "calibrate", interrupted)
     before = sorted((run / name).read_bytes() for name in ("config.json", "bases.safetensors"))
     code, _, err = call(*tools, *calibrate(folder, run))
     assert code == 130

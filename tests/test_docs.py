@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import matkv
-from matkv import data, evaluate, long_context, tasks
-from matkv.artifact import Artifact
-from matkv.store import Store
+from matkv import data
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.results import Store
+from matkv.evaluate import needles, tasks, texts
+from matkv.evaluate.positions import POSITIONS_KEYS, positions
+from matkv.hf.attach import Caches
 from pages import (
     GUIDE,
     PAGES,
@@ -135,10 +138,10 @@ def test_the_artifact_page_lists_what_makes_a_row_one_of_its_kind() -> None:
     section = page.partition("## results/")[2].partition("\n## ")[0]
     common = re.findall(r"`(\w+)`", " ".join(re.findall(r"(?m)^\| (`[^|]+) \| ", section)[:5]))
     kinds = {
-        evaluate.KIND: evaluate.KEYS,
+        texts.KIND: texts.KEYS,
         tasks.KIND: tasks.KEYS,
-        long_context.NEEDLE: long_context.NEEDLE_KEYS,
-        long_context.POSITIONS: long_context.POSITIONS_KEYS,
+        needles.NEEDLE: needles.NEEDLE_KEYS,
+        needles.POSITIONS: POSITIONS_KEYS,
     }
     for kind, keys in kinds.items():
         (row,) = re.findall(rf"(?m)^\| `{kind}` \|.*$", section)
@@ -151,11 +154,11 @@ def test_the_artifact_page_lists_all_fields_of_a_row(desk: Path) -> None:
     windows = data.text_windows(tokenizer, [TEXT], 64, 128)
     run = matkv.calibrate(model, [windows]).save("run")
     artifact = Artifact.load(run)
-    about = evaluate.TextConfig(text="a.txt")
-    (row,) = evaluate.perplexity_rows(model, artifact, windows, [0.5], about, run=run)
-    caches, store = long_context.Caches(budgets=(0.5,)), Store(run, long_context.POSITIONS, ())
-    placed = long_context.positions(model, artifact, windows, "a.txt", caches, store)[-1]
-    for kind, fields in ((evaluate.KIND, row), (long_context.POSITIONS, placed)):
+    about = texts.TextConfig(text="a.txt")
+    (row,) = texts.perplexity_rows(model, artifact, windows, [0.5], about, run=run)
+    caches, store = Caches(budgets=(0.5,)), Store(run, needles.POSITIONS, ())
+    placed = positions(model, artifact, windows, "a.txt", caches, store)[-1]
+    for kind, fields in ((texts.KIND, row), (needles.POSITIONS, placed)):
         (line,) = re.findall(rf"(?m)^\| `{kind}` \|.*$", page)
         for name in set(fields) - {"artifact", "ranks", "budget", "sink", "window", "dtype"}:
             assert name == "made" or f"`{name}`" in line, f"{kind}: {name}"

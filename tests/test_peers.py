@@ -14,9 +14,9 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 import matkv
-from matkv.cache import attached_projections
-from matkv.lora import Lora
-from matkv.projection import Maps
+from matkv.artifact.lora import Lora
+from matkv.bases.maps import Maps
+from matkv.cache.cache import attached_projections
 from matkv.ranks import RankTable
 from peers import environments, low_rank, ours, presses, quantized, shrink
 from peers.entries import Calibration, entries, of_artifact, of_latents

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import matkv
-from matkv.cache import storage_nbytes
+from matkv.cache.cache import storage_nbytes
 from matkv.errors import BudgetError, MatkvError, UnsupportedModelError
 from matkv.plan import PlanCase, parameter_count, parse_bytes, plan
 from matkv.ranks import RankTable

@@ -17,14 +17,15 @@ import torch
 
 import matkv
 from explicit import attend_explicit
-from matkv import data, hf
-from matkv.artifact import Artifact
-from matkv.cache import refill
-from matkv.calibrate import collect_moments
-from matkv.distill import distill
-from matkv.evaluate import evaluate, full_states
+from matkv import data
+from matkv.artifact.artifact import Artifact
+from matkv.cache.cache import full_states, refill
+from matkv.distill.config import DistillConfig
+from matkv.distill.stage import distill
+from matkv.evaluate.texts import evaluate
+from matkv.hf import function as hf
+from matkv.hf.observe import collect_moments
 from matkv.ranks import RankTable
-from matkv.recipe import DistillConfig
 from tiny import left_padded, ragged_table, stepwise
 
 pytestmark = pytest.mark.slow
@@ -213,7 +214,7 @@ def test_items_score_as_through_the_latent_cache(
     """Log-likelihoods of a padded batch, and the same choices read token by token."""
     from lm_eval.api.instance import Instance
 
-    from matkv.lm_eval_model import LoadedLM
+    from matkv.evaluate.lm_eval_model import LoadedLM
 
     tokenizer = loaded[1]
     pairs = [

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 import matkv
-from matkv.artifact import Artifact
-from matkv.cache import LatentLayer
-from matkv.projection import Maps
+from matkv.artifact.artifact import Artifact
+from matkv.bases.maps import Maps
+from matkv.cache.layer import LatentLayer
 from matkv.ranks import SIDES, Geometry, LayerRanks, LayerShape, RankTable
 
 VOCAB = 96

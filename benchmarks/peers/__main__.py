@@ -20,8 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from matkv import Artifact, data, load_model, results
-from matkv.default_model import DEFAULT_MODEL, default_model_dir
+from matkv import data
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.records import made
+from matkv.models.default import DEFAULT_MODEL, default_model_dir
+from matkv.models.load import load_model
 
 from . import environments, presses, quantized, shrink
 from .entries import CALIBRATION_WINDOW, Calibration, entries
@@ -52,7 +55,7 @@ class Run:
 
     def keep(self, row: Row, **extra: Any) -> None:
         command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
-        complete = self.row(row, **extra) | {"made": results.made(command=command)}
+        complete = self.row(row, **extra) | {"made": made(command=command)}
         save_row(self.out, complete)
         value = complete["perplexity"]
         figure = complete["note"] if value is None else f"perplexity {value:.2f}"

@@ -8,9 +8,11 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
-from matkv import Artifact, CalibrateConfig, data, results
-from matkv.calibrate import artifact_from, collect_moments
-from matkv.hf import geometry_of
+from matkv import data
+from matkv.artifact.artifact import Artifact, digest
+from matkv.calibrate import CalibrateConfig, artifact_from
+from matkv.hf.geometry import geometry_of
+from matkv.hf.observe import collect_moments
 from matkv.ranks import RankTable
 
 from . import low_rank, ours
@@ -73,7 +75,7 @@ def entries(
         yield Entry(Contestant(method="full cache", setting="", family="full", build=Method))
     calibrated = {"calibrated_on": calibration.tokens}
     for name, artifact in artifacts.items():
-        extra = {"artifact": results.digest(artifact)}
+        extra = {"artifact": digest(artifact)}
         if "matkv" in methods:
             yield from (Entry(one, extra) for one in of_artifact(name, artifact, budgets))
         if "latents" in methods:

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matkv.bases.moments import ordered_basis
 from matkv.errors import UnsupportedModelError
-from matkv.hf import attention_modules
-from matkv.moments import ordered_basis
+from matkv.hf.geometry import attention_modules
 
 from .protocol import Method
 

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matkv import Artifact, LatentCache, attach, detach
-from matkv.cache import attached_projections, refill
-from matkv.evaluate import full_states
-from matkv.hf import handled
-from matkv.latents import LayerProjection, Projected
-from matkv.projection import Maps
+from matkv.artifact.artifact import Artifact
+from matkv.bases.gates import Projected
+from matkv.bases.maps import Maps
+from matkv.cache.cache import LatentCache, attached_projections, full_states, refill
+from matkv.hf.attach import attach, detach
+from matkv.hf.function import handled
+from matkv.latents.layer import LayerProjection
 from matkv.ranks import SIDES, LayerRanks, RankTable
 
 from .protocol import Method

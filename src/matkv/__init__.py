@@ -1,11 +1,11 @@
 """matkv: compress the KV cache of pretrained language models along the feature dimension."""
 
-from matkv.artifact import Artifact
-from matkv.cache import LatentCache
+from matkv.artifact.artifact import Artifact
+from matkv.cache.cache import LatentCache
 from matkv.calibrate import CalibrateConfig, calibrate
 from matkv.errors import MatkvError
-from matkv.hf import attach, detach
-from matkv.models import load_model
+from matkv.hf.attach import attach, detach
+from matkv.models.load import load_model
 from matkv.ranks import RankTable
 
 __all__ = [

@@ -5,27 +5,27 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
-from matkv import (
-    commands_evaluate,
-    commands_make,
-    commands_measure,
-    commands_report,
-    commands_use,
-    console,
-)
-from matkv.demo import demo, show
+from matkv.commands import console
+from matkv.commands.allocate import allocate_command
+from matkv.commands.benchmark import benchmark_command
+from matkv.commands.calibrate import calibrate_command
+from matkv.commands.chat import chat_command
+from matkv.commands.demo import demo_command
+from matkv.commands.distill import distill_command
+from matkv.commands.evaluate import evaluate_command
+from matkv.commands.generate import generate_command
+from matkv.commands.inspect import inspect_command
+from matkv.commands.lm_eval import PASSED_ON, lm_eval_command
+from matkv.commands.plan import plan_command
+from matkv.commands.report import report_command
 from matkv.errors import MatkvError
-from matkv.options import JsonOpt
 
 INTERRUPTED = 130
-
 app = typer.Typer(
     help=__doc__,
     no_args_is_help=True,
@@ -33,35 +33,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-@app.command("demo")
-def demo_command(
-    out: Annotated[Path, typer.Option("-o", "--out", help="where runs go")] = Path("runs/demo"),
-    as_json: JsonOpt = False,
-) -> None:
-    """Run the main job on the default model: calibrate, compress, generate, measure."""
-    result = demo(out)
-    if as_json:
-        console.print_json(result)
-    else:
-        show(result)
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
-    "calibrate": commands_make.calibrate_command,
-    "distill": commands_make.distill_command,
-    "allocate": commands_make.allocate_command,
-    "evaluate": commands_evaluate.evaluate_command,
-    "benchmark": commands_measure.benchmark_command,
-    "plan": commands_measure.plan_command,
-    "report": commands_report.report_command,
-    "generate": commands_use.generate_command,
-    "chat": commands_use.chat_command,
-    "inspect": commands_use.inspect_command,
+    "demo": demo_command,
+    "calibrate": calibrate_command,
+    "distill": distill_command,
+    "allocate": allocate_command,
+    "evaluate": evaluate_command,
+    "benchmark": benchmark_command,
+    "plan": plan_command,
+    "report": report_command,
+    "generate": generate_command,
+    "chat": chat_command,
+    "inspect": inspect_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.command("lm-eval", context_settings=PASSED_ON)(lm_eval_command)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from matkv.errors import MatkvError
-from matkv.hf import geometry_of
+from matkv.hf.geometry import geometry_of
 from matkv.ranks import Geometry, RankTable, check_budget
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

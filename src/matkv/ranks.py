@@ -6,6 +6,8 @@ width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` count
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -249,3 +251,10 @@ def _check_layer(side: Side, index: int, ranks: LayerRanks, shape: LayerShape) -
         raise RankError(
             f"{where}: {ranks} given, but a layer with a sliding window stays at {shape.head_dim}"
         )
+
+
+def digest_of(table: RankTable | None) -> str | None:
+    """A short name of a rank table; None for the full cache."""
+    if table is None:
+        return None
+    return hashlib.sha256(json.dumps(table.to_json()).encode()).hexdigest()[:12]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from matkv import console
-from matkv.artifact import Artifact
-from matkv.rounds import Progress
+from matkv.allocate.rounds import Progress
+from matkv.artifact.artifact import Artifact
+from matkv.commands import tables as console
 from program import Program, Word
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from matkv import demo
-from matkv.allocate_config import AllocateConfig
-from matkv.artifact import Artifact
-from matkv.demo import DemoConfig
+from matkv.allocate.config import AllocateConfig
+from matkv.artifact.artifact import Artifact
+from matkv.commands import demo
+from matkv.commands.demo import DemoConfig
+from matkv.distill.config import DistillConfig
 from matkv.errors import MatkvError
-from matkv.recipe import DistillConfig
 from program import Program
 
 PNG = b"\x89PNG\r\n\x1a\n"

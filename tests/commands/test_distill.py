@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lessons import same_bases
-from matkv import console
-from matkv.artifact import Artifact
+from matkv.artifact.artifact import Artifact
+from matkv.commands import tables as console
 from matkv.progress import Progress
 from program import Program, Word
 

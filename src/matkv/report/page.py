@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 from matkv.errors import MatkvError
-from matkv.report import theme
-from matkv.report.theme import Picture
+from matkv.report.pictures import theme
+from matkv.report.pictures.theme import Picture
 
 
 @dataclass(frozen=True)

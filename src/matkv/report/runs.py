@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matkv.artifact import Artifact
+from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.records import Record
+from matkv.artifact.results import load_rows
 from matkv.errors import MatkvError
-from matkv.ranks import RankTable
-from matkv.results import Record, digest, digest_of, load_rows
+from matkv.ranks import RankTable, digest_of
 
 KINDS = ("perplexity", "tasks", "needle", "positions", "peers", "benchmark", "samples")
 

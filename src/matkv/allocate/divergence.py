@@ -1,0 +1,272 @@
+"""How far a model on truncated latents is from itself with a full cache.
+
+    KL = mean over tokens of KL(teacher ‖ student),  teacher: full cache, student: gated
+
+The text is cut into batches, and under accelerate or torchrun every process measures every n-th
+batch. What is reduced is one number a sequence, added up in one order everywhere, so that any
+number of processes gives the same result to the last bit.
+
+Shapes: B batch, N sequence, T token, V vocabulary, G KV head, D head dim, C candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from matkv.allocate.replay import blocks_of, recorded, resumed
+from matkv.bases.gates import GatedProjection, rank_gate
+from matkv.errors import DataError
+from matkv.logits import row_blocks
+from matkv.ranks import RankTable
+
+Batch = Tensor | Mapping[str, Tensor]
+Gated = dict[int, GatedProjection]
+
+
+@dataclass
+class Piece:
+    """One batch of the text: `first` is the index of its first sequence in the whole text.
+
+    `mask_BT` is 0 at padding. `teacher_BTV` holds the teacher's logits, in the model's own dtype,
+    where the piece belongs to this process.
+    """
+
+    first: int
+    ids_BT: Tensor
+    mask_BT: Tensor
+    padded: bool
+    teacher_BTV: Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.ids_BT.shape[0])
+
+    def inputs(self, copies: int = 1) -> dict[str, Tensor]:
+        inputs = {"input_ids": self.ids_BT.repeat(copies, 1)}
+        if self.padded:
+            mask_BT = self.mask_BT.repeat(copies, 1)
+            # Truncated keys depend on absolute positions, so padding must not shift them.
+            inputs["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+            inputs["attention_mask"] = mask_BT
+        return inputs
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokenized text in batches, of which this process measures `mine`."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def sequences(self) -> int:
+        return sum(piece.ids_BT.shape[0] for piece in self.pieces)
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(piece.mask_BT.sum()) for piece in self.pieces)
+
+    @property
+    def mine(self) -> tuple[Piece, ...]:
+        if not _distributed():
+            return self.pieces
+        return self.pieces[dist.get_rank() :: dist.get_world_size()]
+
+    def forget_teacher(self) -> None:
+        """Free the teacher's logits."""
+        for piece in self.pieces:
+            piece.teacher_BTV = None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Nats a token: `kl` from the teacher, and the student's and teacher's own loss on the text."""
+
+    kl: float
+    loss: float
+    teacher_loss: float
+
+    def weighted(self, kl: float, ce: float) -> float:
+        """The loss that training minimizes, over the teacher's."""
+        return kl * self.kl + ce * (self.loss - self.teacher_loss)
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Student's perplexity over teacher's, minus one."""
+        return float(torch.tensor(self.loss - self.teacher_loss, dtype=torch.float64).expm1())
+
+
+def take_text(batches: Iterable[Batch], tokens: int, device: torch.device, use: str) -> Text:
+    """As many batches as hold `tokens` tokens.
+
+    Raises:
+        DataError: they hold fewer; `use` names what the text is for.
+    """
+    pieces: list[Piece] = []
+    count = first = 0
+    for batch in batches:
+        fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        ids_BT = fields["input_ids"].to(device)
+        mask_BT = fields.get("attention_mask", torch.ones_like(ids_BT)).to(device)
+        pieces.append(Piece(first, ids_BT, mask_BT, not bool(mask_BT.all())))
+        first += ids_BT.shape[0]
+        count += int(mask_BT.sum())
+        if count >= tokens:
+            return Text(tuple(pieces))
+    raise DataError(f"the text ends after {count} of {tokens} tokens to {use} on: give more text")
+
+
+def joined(texts: Iterable[Text]) -> Text:
+    """Several texts as one."""
+    pieces: list[Piece] = []
+    for piece in (piece for text in texts for piece in text.pieces):
+        first = pieces[-1].rows.stop if pieces else 0
+        pieces.append(Piece(first, piece.ids_BT, piece.mask_BT, piece.padded))
+    return Text(tuple(pieces))
+
+
+@torch.inference_mode()
+def add_teacher(model: PreTrainedModel, text: Text) -> None:
+    """Keep the teacher's logits with the pieces of this process, unless they are there."""
+    for piece in text.mine:
+        if piece.teacher_BTV is not None:
+            continue
+        piece.teacher_BTV = model(**piece.inputs(), use_cache=False).logits
+
+
+@torch.inference_mode()
+def measure(model: PreTrainedModel, gated: Gated, text: Text, table: RankTable) -> Divergence:
+    """Divergence of the model at `table`, by all processes together."""
+    set_gates(gated, table)
+    sums_N3 = torch.zeros(text.sequences, 3, dtype=torch.float64, device=model.device)
+    for piece in text.mine:
+        logits_BTV = model(**piece.inputs(), use_cache=False).logits
+        sums_N3[piece.rows] = _sums(logits_BTV, piece)
+    kl, loss, teacher_loss = (reduced(sums_N3).sum(0)).tolist()
+    targets = sum(int(_target_mask(piece.mask_BT).sum()) for piece in text.pieces)
+    return Divergence(kl / text.tokens, loss / targets, teacher_loss / targets)
+
+
+@torch.inference_mode()
+def measure_changes(
+    model: PreTrainedModel,
+    gated: Gated,
+    text: Text,
+    table: RankTable,
+    changes: Mapping[int, Sequence[RankTable]],
+    *,
+    batched: int = 1,
+) -> tuple[float, dict[int, list[float]]]:
+    """KL of `table`, and of tables that differ from it in one layer: `changes[layer]` lists them.
+
+    Hidden states below that layer are computed once for all of its tables, and `batched` tables go
+    through the model together.
+    """
+    order = sorted(changes)
+    columns = 1 + sum(len(changes[layer]) for layer in order)
+    kl_NC = torch.zeros(text.sequences, columns, dtype=torch.float64, device=model.device)
+    blocks = blocks_of(model)
+    for piece in text.mine:
+        set_gates(gated, table)
+        with recorded(blocks) as outputs:
+            logits_BTV = model(**piece.inputs(), use_cache=False).logits
+        kl_NC[piece.rows, 0] = _sums(logits_BTV, piece)[:, 0]
+        column = 1
+        for layer in order:
+            for tables in _chunks(changes[layer], batched):
+                sums = _kl_of_tables(model, gated, piece, blocks, outputs, layer, tables)
+                kl_NC[piece.rows, column : column + len(tables)] = sums
+                column += len(tables)
+            set_gates(gated, table, layer)
+    kl_C = (reduced(kl_NC).sum(0) / text.tokens).tolist()
+    found = iter(kl_C[1:])
+    return kl_C[0], {layer: [next(found) for _ in changes[layer]] for layer in order}
+
+
+def _kl_of_tables(
+    model: PreTrainedModel,
+    gated: Gated,
+    piece: Piece,
+    blocks: list[nn.Module],
+    outputs: list[Any],
+    layer: int,
+    tables: Sequence[RankTable],
+) -> Tensor:
+    """Summed KL of every sequence under every table; only blocks from `layer` on are run.  [BC]"""
+    B, C = piece.ids_BT.shape[0], len(tables)
+    projection = gated[layer]
+    dim = projection.key_gate.shape[-1]
+    for side in ("key", "value"):
+        gate_CGD = torch.stack([rank_gate(table.side(side)[layer], dim) for table in tables])
+        gate_BGD = gate_CGD.repeat_interleave(B, 0).to(model.device)
+        setattr(projection, f"{side}_gate", gate_BGD)
+    with resumed(blocks, outputs, layer, C):
+        logits = model(**piece.inputs(C), use_cache=False).logits
+    parts = [_sums(part_BTV, piece)[:, 0] for part_BTV in logits.split(B)]
+    return torch.stack(parts, dim=1)
+
+
+def set_gates(gated: Gated, table: RankTable, layer: int | None = None) -> None:
+    """Open the columns that `table` keeps, in one layer or in all."""
+    for index, projection in gated.items():
+        if layer is None or index == layer:
+            gate = projection.key_maps.encode_GDD
+            dim, device = gate.shape[-1], gate.device
+            projection.key_gate = rank_gate(table.key[index], dim).to(device)
+            projection.value_gate = rank_gate(table.value[index], dim).to(device)
+
+
+def reduced(rows_N: Tensor) -> Tensor:
+    """Rows of all processes: each fills its own and leaves the others at zero.  [N... -> N...]"""
+    if _distributed():
+        dist.all_reduce(rows_N)
+    return rows_N
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+# ---- sums over one batch
+
+
+def _sums(logits_BTV: Tensor, piece: Piece) -> Tensor:
+    """KL, student's loss and teacher's loss of every sequence, summed over its tokens.  [B3]
+
+    A block of positions at a time: fp32 copies of all logits would be the largest tensors here.
+    """
+    assert piece.teacher_BTV is not None
+    sums = []
+    for student_TV, teacher_TV, ids_T, mask_T in zip(
+        logits_BTV, piece.teacher_BTV, piece.ids_BT, piece.mask_BT, strict=True
+    ):
+        target_T = F.pad(ids_T[1:], (0, 1))
+        wanted_T = F.pad(_target_mask(mask_T), (0, 1))
+        kl, loss, teacher_loss = torch.zeros(3, dtype=torch.float64, device=ids_T.device)
+        for rows in row_blocks(student_TV):
+            log_q_RV = student_TV[rows].float().log_softmax(-1)
+            log_p_RV = teacher_TV[rows].float().log_softmax(-1)
+            kl_RV = F.kl_div(log_q_RV, log_p_RV, reduction="none", log_target=True)
+            kl += (kl_RV.sum(-1).double() * mask_T[rows]).sum()
+            for log_RV, total in ((log_q_RV, loss), (log_p_RV, teacher_loss)):
+                found_R = log_RV.gather(-1, target_T[rows, None])[:, 0]
+                total -= (found_R.double() * wanted_T[rows]).sum()
+        sums.append(torch.stack([kl, loss, teacher_loss]))
+    return torch.stack(sums)
+
+
+def _target_mask(mask_BT: Tensor) -> Tensor:
+    """1 at tokens whose next token is there to be predicted.  [..., T-1]"""
+    return mask_BT[..., 1:] * mask_BT[..., :-1]
+
+
+def _chunks(tables: Sequence[RankTable], size: int) -> Iterator[Sequence[RankTable]]:
+    for first in range(0, len(tables), size):
+        yield tables[first : first + size]

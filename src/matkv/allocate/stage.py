@@ -1,0 +1,139 @@
+"""Allocate: the right rank for every layer, KV head and side, for a whole curve of budgets at once.
+
+Every method makes one path of drops from full rank downwards (see descent.py); the table of a budget
+is the first on the path that holds it, so that tables are nested.
+
+fisher    expand the KL around the ranks of the moment (see fisher.py), take the cheapest
+          drops, and expand again there: a few backward passes in all; then draw the tables towards
+          equal ranks as far as that measures better (see blend.py)
+greedy    Algorithm 1 of the paper (arXiv 2410.14731): measure the KL of every single drop, take
+          the cheapest, and again
+uniform   the same rank everywhere, to compare with
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path as FilePath
+
+from transformers import PreTrainedModel
+
+from matkv.allocate.config import AllocateConfig
+from matkv.allocate.descent import Path
+from matkv.allocate.divergence import Batch, Text, take_text
+from matkv.allocate.rounds import OnProgress, Rounds
+from matkv.allocate.space import TINY, Space
+from matkv.allocate.verify import own_budget
+from matkv.artifact.artifact import Artifact
+from matkv.errors import DataError
+from matkv.hf.geometry import fingerprint, geometry_of
+from matkv.ranks import RankTable
+
+EIGHTHS = tuple(eighth / 8 for eighth in range(7, 0, -1))
+
+
+def allocate(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    batches: Iterable[Batch],
+    config: AllocateConfig | None = None,
+    *,
+    state: str | FilePath | None = None,
+    on_progress: OnProgress | None = None,
+) -> Artifact:
+    """A copy of `artifact` with rank tables by budget, searched on `batches`.
+
+    A batch is a tensor [BT] of token ids, or a mapping with `input_ids` and `attention_mask`. The
+    first batches, of `held_out_tokens`, verify the tables; the rest is searched on, `search_tokens`
+    a round: greedy reads the same ones in every round, fisher the next ones, over and over. Under
+    accelerate or torchrun all processes give the same batches and share the work.
+
+    `state` names a file that a search cut off goes on from. An interrupt (Ctrl-C) ends the search
+    and stores the tables reached, the last one by its own budget; the history entry says so.
+
+    Raises:
+        BudgetError: the constraints allow no table for a budget, or none holds an error limit.
+        DataError: there is too little text.
+        RankError: the constraints do not fit the model.
+        FingerprintError: the artifact was made for another model.
+    """
+    config = _never_below_training(config or AllocateConfig(), artifact)
+    artifact.check(geometry_of(model.config), fingerprint(model))
+    space = Space.of(artifact.geometry, config.constraints)
+    budgets = _budgets(space, config)
+    held_out, texts = _texts(model, batches, config)
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    try:
+        rounds = Rounds(model, artifact, texts, config)
+        path, interrupted = rounds.run(Path(space), min(budgets), state, on_progress)
+        shares: dict[float, float] = {}
+        if config.method == "fisher" and config.blend and not interrupted:
+            path, shares = rounds.blend(path, budgets)
+        tables = _tables(path, budgets)
+        checks = []
+        if interrupted and path.drops:
+            tables[own_budget(path.table())] = path.table()
+        elif not interrupted:
+            verifier = rounds.verifier(held_out)
+            for error, limit in _limits(config):
+                table = verifier.smallest(path, error, limit)
+                tables[own_budget(table)] = table
+            checks = [verifier.entry(space, *named) for named in sorted(tables.items())]
+    finally:
+        model.train(was_training)
+    return replace(artifact, tables=tables).with_history(
+        "allocate",
+        **asdict(config),
+        seconds=round(time.perf_counter() - started, 1),
+        interrupted=interrupted,
+        shares=[{"budget": budget, "share": share} for budget, share in sorted(shares.items())],
+        tables=checks,
+    )
+
+
+def _never_below_training(config: AllocateConfig, artifact: Artifact) -> AllocateConfig:
+    """The same settings, but no rank is smaller than those that the last training drew."""
+    constraints = config.constraints.above(artifact.smallest_trained_rank)
+    return replace(config, constraints=constraints)
+
+
+def _budgets(space: Space, config: AllocateConfig) -> tuple[float, ...]:
+    if config.budgets is None:
+        allowed = tuple(budget for budget in EIGHTHS if budget >= space.smallest - TINY)
+        return allowed or (space.smallest,)
+    for budget in config.budgets:
+        space.check_budget(budget)
+    return config.budgets
+
+
+def _texts(
+    model: PreTrainedModel, batches: Iterable[Batch], config: AllocateConfig
+) -> tuple[Text, list[Text]]:
+    """Held-out text, and one text or more to search on."""
+    source = iter(batches)
+    held_out = take_text(source, config.held_out_tokens, model.device, "verify")
+    if config.method == "uniform":
+        return held_out, []
+    texts = [take_text(source, config.search_tokens, model.device, "search")]
+    with suppress(DataError):
+        while config.method == "fisher" and len(texts) < config.expansions:
+            texts.append(take_text(source, config.search_tokens, model.device, "search"))
+    return held_out, texts
+
+
+def _tables(path: Path, budgets: Iterable[float]) -> dict[float, RankTable]:
+    """The table of every budget that the path reaches."""
+    counts = {budget: path.count_for(budget) for budget in budgets}
+    return {budget: path.table(n) for budget, n in counts.items() if n is not None}
+
+
+def _limits(config: AllocateConfig) -> Iterator[tuple[str, float]]:
+    for error in ("kl", "perplexity_increase"):
+        limit = getattr(config, f"max_{error}")
+        if limit is not None:
+            yield error, limit

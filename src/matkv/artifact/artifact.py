@@ -1,0 +1,238 @@
+"""The artifact: bases and rank tables of one model, in a directory that is safe to share.
+
+    config.json          format version, base model, fingerprint, geometry, rank tables, history
+    bases.safetensors    layers.<l>.<side>.encode [GDD], .decode [GDD] unless orthogonal,
+                         .energy [GD]; fp32
+    lora/                adapters in PEFT's format, where some were trained
+    results/*.json       what was measured, untouched by `save`
+
+Nothing is pickled, and a kill or a full disk while saving leaves the old artifact whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matkv.artifact.lora import Lora
+from matkv.artifact.storage import (
+    BASES,
+    CONFIG,
+    FORMAT_VERSION,
+    LORA,
+    check_target,
+    checksum,
+    checksum_of_all,
+    plain,
+    read_bases,
+    read_config,
+    read_lora,
+    save_tensors,
+)
+from matkv.bases.maps import Maps, SideBases
+from matkv.errors import ArtifactError, FingerprintError, RankError
+from matkv.files import recover_directory, replacing_directory
+from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
+from matkv.schedule import schedule_from_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """Bases for every growing layer of one model, and rank tables by budget.
+
+    `bases[layer][side]` holds the maps; `tables` what a search found, by budget; `sink` and
+    `window` the number of first and last tokens to keep exact; `history` one entry per stage that
+    made it. `fingerprint` holds a few weights of the base model, by which another is told apart.
+    """
+
+    base_model: str
+    geometry: Geometry
+    fingerprint: tuple[float, ...]
+    bases: dict[int, dict[Side, SideBases]]
+    tables: dict[float, RankTable] = field(default_factory=dict)
+    sink: int = 0
+    window: int = 0
+    history: tuple[dict[str, Any], ...] = ()
+    lora: Lora | None = None
+
+    def maps(self, layer: int, side: Side) -> Maps:
+        """The bases [GDD] of one side of one layer, and the way back."""
+        return self.bases[layer][side].maps
+
+    def table(self, budget: float, *, uniform: bool = False) -> RankTable:
+        """The rank table for `budget`: the stored one, else the nearest smaller, else uniform.
+
+        Raises:
+            BudgetError: `budget` is not in (0, 1] or below one step.
+        """
+        check_budget(budget)
+        fitting = [stored for stored in self.tables if stored <= budget + 1e-9]
+        if uniform or budget == 1 or not fitting:
+            return RankTable.uniform(self.geometry, budget)
+        best = max(fitting)
+        if budget - best > 1e-9:
+            logger.warning("no table for budget %g is stored: using the one for %g", budget, best)
+        return self.tables[best]
+
+    def check(self, geometry: Geometry, fingerprint: tuple[float, ...]) -> None:
+        """Make sure that a model is the one these bases were made for.
+
+        Raises:
+            FingerprintError: its geometry or its weights are others.
+        """
+        if geometry != self.geometry:
+            raise FingerprintError(
+                f"the artifact was made for {self.base_model} ({_describe(self.geometry)}), this "
+                f"model has {_describe(geometry)}: load that model, or calibrate this one"
+            )
+        if not _close(fingerprint, self.fingerprint):
+            raise FingerprintError(
+                f"the artifact was made for {self.base_model}, whose weights differ from this "
+                "model's: load that model, or calibrate this one"
+            )
+
+    @property
+    def smallest_trained_rank(self) -> int:
+        """The smallest rank that the last training drew; 0 for bases that were not trained."""
+        for entry in reversed(self.history):
+            if "schedule" in entry:
+                return min(schedule_from_json(entry["schedule"]).smallest)
+        return 0
+
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """What divergence and cross-entropy weighed in the last training; the first alone if none.
+
+        The two add up to one.
+        """
+        for entry in reversed(self.history):
+            if "settings" in entry:
+                kl, ce = entry["settings"]["kl"], entry["settings"]["ce"]
+                return kl / (kl + ce), ce / (kl + ce)
+        return 1.0, 0.0
+
+    def with_history(self, stage: str, **entry: Any) -> Artifact:
+        """A copy with one more history entry."""
+        return replace(self, history=(*self.history, {"stage": stage, **entry}))
+
+    # ---- saving
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact to the directory `path`, replacing an older one at once.
+
+        Raises:
+            ArtifactError: the directory cannot be written, or `path` holds something else.
+        """
+        target = Path(path).resolve()
+        check_target(target)
+        try:
+            with replacing_directory(target, written=(CONFIG, BASES, LORA)) as new:
+                self._write(new)
+        except OSError as error:
+            raise ArtifactError(f"cannot save to {target}: {error}; nothing was changed") from error
+        return target
+
+    def _write(self, directory: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        for layer, sides in self.bases.items():
+            for side, bases in sides.items():
+                name = f"layers.{layer}.{side}"
+                tensors[f"{name}.encode"] = plain(bases.maps.encode_GDD)
+                if not bases.maps.is_orthogonal:
+                    tensors[f"{name}.decode"] = plain(bases.maps.decode_GDD)
+                tensors[f"{name}.energy"] = plain(bases.energy_GD)
+        save_tensors(tensors, directory / BASES)
+        if self.lora is not None:
+            self.lora.write(directory / LORA)
+        config = {
+            "format": "matkv",
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "geometry": self.geometry.to_json(),
+            "fingerprint": list(self.fingerprint),
+            "bases_sha256": checksum(directory / BASES),
+            "lora_sha256": checksum_of_all(directory / LORA),
+            "sink": self.sink,
+            "window": self.window,
+            "tables": {str(b): t.to_json() for b, t in sorted(self.tables.items())},
+            "history": list(self.history),
+        }
+        with (directory / CONFIG).open("w", encoding="utf-8") as file:
+            json.dump(config, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    # ---- loading
+
+    @classmethod
+    def load(cls, path: str | Path) -> Artifact:
+        """Read and check an artifact directory.
+
+        Raises:
+            ArtifactError: it is missing, foreign, damaged or of another format version.
+        """
+        directory = Path(path).resolve()
+        recover_directory(directory)
+        config = read_config(directory)
+        try:
+            geometry = Geometry.from_json(config["geometry"])
+            tables = {
+                float(budget): RankTable.from_json(geometry, table)
+                for budget, table in config["tables"].items()
+            }
+            return cls(
+                base_model=str(config["base_model"]),
+                geometry=geometry,
+                fingerprint=tuple(float(weight) for weight in config["fingerprint"]),
+                bases=read_bases(directory / BASES, geometry, config["bases_sha256"]),
+                tables=tables,
+                sink=int(config["sink"]),
+                window=int(config["window"]),
+                history=tuple(config["history"]),
+                lora=read_lora(directory / LORA, config.get("lora_sha256")),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RankError) as error:
+            raise ArtifactError(
+                f"{directory / CONFIG} is damaged ({type(error).__name__}: {error}): restore it, "
+                "or calibrate again"
+            ) from error
+
+
+def _close(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+    """Equal up to what casts between fp32, bf16 and fp16 change."""
+    if len(ours) != len(theirs):
+        return False
+    a, b = torch.tensor(ours), torch.tensor(theirs)
+    return bool(torch.allclose(a, b, rtol=0.01, atol=1e-3 * float(b.abs().mean())))
+
+
+def _describe(geometry: Geometry) -> str:
+    shapes = sorted({(s.kv_heads, s.head_dim) for s in geometry.layers})
+    heads = ", ".join(f"{heads} KV heads × {dim}" for heads, dim in shapes)
+    return f"{len(geometry.layers)} layers, {len(geometry.growing)} of them growing, {heads}"
+
+
+def digest(artifact: Artifact) -> str:
+    """A short name of the bases and adapters: equal only where these are bit-equal."""
+    total = hashlib.sha256()
+    for layer, sides in sorted(artifact.bases.items()):
+        for side in SIDES:
+            maps = sides[side].maps
+            total.update(f"{layer}.{side}".encode())
+            for map_GDD in (maps.encode_GDD, maps.decode_GDD):
+                total.update(map_GDD.detach().cpu().float().contiguous().numpy().tobytes())
+    if artifact.lora is not None:
+        for name, tensor in sorted(artifact.lora.tensors.items()):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return total.hexdigest()[:12]

@@ -1,0 +1,58 @@
+"""What is kept with every figure: how, where and with which versions it was made."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from datetime import date
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Record = dict[str, Any]
+PACKAGES = ("matkv", "torch", "transformers")
+
+
+def made(**settings: Any) -> Record:
+    """When, where and by which command something was measured; `settings` as seeds are added."""
+    return {
+        "date": date.today().isoformat(),
+        "command": command_line(),
+        "hardware": hardware(),
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        **settings,
+    }
+
+
+def command_line() -> str:
+    """The command as a user would type it, without the directory of the program."""
+    program = Path(sys.argv[0]).name
+    return shlex.join([program, *sys.argv[1:]])
+
+
+@cache
+def hardware() -> str:
+    """The accelerator, or the processor and its threads, in a few words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,5 @@
+"""Attention on latents."""
+
+from matkv.attention.latent import attend
+
+__all__ = ["attend"]

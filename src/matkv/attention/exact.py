@@ -1,0 +1,173 @@
+"""The part of attention that is read at full width: the first tokens and the last ones.
+
+A query reads its own token and the `window` before it exactly, and the first `sink` of its
+sequence. All others it reads as latents, see `matkv.attention`, which puts the two together.
+
+Shapes: B batch, H query head, G KV head, J query heads of a KV head (H = G J), Q query, T token,
+S sink token, K recent token, C both of these, N block of queries, P query of a block, X = B N,
+D head dim, F = 2 D, [key | value].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from matkv.attention.masks import additive
+from matkv.attention.parts import attend_part
+from matkv.latents.latents import Exact
+
+# Queries that share one stretch of recent tokens: more compute what their mask hides, fewer make
+# more blocks.
+BLOCK = 64
+
+
+def attend_exact(
+    exact: Exact,
+    query_BHQD: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last Q tokens over the exact ones, and the log of the weights' sum.
+
+    [BHQD -> BHQD, BHQ]. `mask` is that of all tokens, [B|1, 1, Q, T], None if it is causal.
+    """
+    Q = query_BHQD.shape[2]
+    heads, dtype = exact.recent_BGKF.shape[1], exact.recent_BGKF.dtype
+    query_BGJQD = query_BHQD.to(dtype).unflatten(1, (heads, -1))
+    is_plain = mask is None and exact.start_B is None
+    block = max(BLOCK, exact.reach // 2)
+    # From `begin` on all blocks see the same pattern of columns, unless a mask says otherwise.
+    begin = min(Q, max(0, exact.sink + exact.reach - 1 - (exact.tokens - Q)))
+    begin += (Q - begin) % block if exact.reach else Q - begin
+    ends = [begin] if is_plain else list(range(begin, Q + 1, block))
+    parts, start = [], 0
+    for end in ends:
+        if start < end:
+            parts.append(_one_block(exact, query_BGJQD, mask, slice(start, end), scaling, dropout))
+        start = end
+    if start < Q:
+        parts.append(_equal_blocks(exact, query_BGJQD[..., start:, :], block, scaling, dropout))
+    out_BGJQD, lse_BGJQ = (
+        ones[0] if len(ones) == 1 else torch.cat(ones, dim=3) for ones in zip(*parts, strict=True)
+    )
+    return out_BGJQD.flatten(1, 2).to(query_BHQD.dtype), lse_BGJQ.flatten(1, 2)
+
+
+def far_mask(exact: Exact, mask: Tensor | None, queries: int, rows: int, like: Tensor) -> Tensor:
+    """Which of `rows` latents, from position `sink` on, the last `queries` read.  [B|1 1 Q rows]"""
+    position_Q = torch.arange(exact.tokens - queries, exact.tokens, device=like.device)
+    place_T = torch.arange(exact.sink, exact.sink + rows, device=like.device)
+    sees_BQT = (position_Q[:, None] - place_T >= exact.reach)[None]
+    if exact.start_B is not None:
+        sees_BQT = sees_BQT & (place_T >= exact.start_B[:, None] + exact.sink)[:, None]
+    given = None if mask is None else mask[:, :, -queries:, exact.sink : exact.sink + rows]
+    return _both(sees_BQT[:, None], given, like.dtype)
+
+
+def _one_block(
+    exact: Exact,
+    query_BGJQD: Tensor,
+    mask: Tensor | None,
+    queries: slice,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Some queries with whatever columns they need.  [-> BGJPD, BGJP]"""
+    before = exact.tokens - query_BGJQD.shape[3]
+    low = max(exact.first, before + queries.start - exact.reach + 1)
+    sink_BGSF, bias = exact.sink_BGSF, None
+    if mask is None and exact.start_B is None and queries.stop - queries.start == 1:
+        # One query sees all its columns: decoding needs no mask.
+        sink_BGSF, low = sink_BGSF[:, :, : exact.tokens], max(low, exact.sink)
+    else:
+        position_P = torch.arange(queries.start, queries.stop, device=query_BGJQD.device) + before
+        given = None if mask is None else mask[:, :, queries]
+        stretch = slice(low, before + queries.stop)
+        bias = _near_mask(exact, position_P, stretch, given, query_BGJQD.dtype)
+    columns_BGCF = sink_BGSF
+    if exact.reach:
+        columns_BGCF = exact.recent_BGKF[
+            :, :, low - exact.first : queries.stop + before - exact.first
+        ]
+        if exact.sink:
+            columns_BGCF = torch.cat((sink_BGSF, columns_BGCF), dim=2)
+    return _attend_columns(query_BGJQD[..., queries, :], columns_BGCF, bias, scaling, dropout)
+
+
+def _equal_blocks(
+    exact: Exact, query_BGJQD: Tensor, block: int, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """The last queries, a multiple of `block`, in one call: every block sees the same columns."""
+    B, count = query_BGJQD.shape[0], query_BGJQD.shape[3] // block
+    begin, width = exact.tokens - count * block, block + exact.reach - 1
+    low = begin - exact.reach + 1
+    stretches_BGNFC = exact.recent_BGKF[:, :, low - exact.first :].unfold(2, width, block)
+    columns_XGCF = stretches_BGNFC.permute(0, 2, 1, 4, 3).flatten(0, 1)
+    if exact.sink:
+        sink_BNGSF = exact.sink_BGSF[:, None].expand(-1, count, -1, -1, -1)
+        columns_XGCF = torch.cat((sink_BNGSF.flatten(0, 1), columns_XGCF), dim=2)
+    position_P = torch.arange(begin, begin + block, device=query_BGJQD.device)
+    bias = _near_mask(exact, position_P, slice(low, low + width), None, query_BGJQD.dtype)
+    query_XGJPD = query_BGJQD.unflatten(3, (count, block)).movedim(3, 1).flatten(0, 1)
+    out_XGJPD, lse_XGJP = _attend_columns(query_XGJPD, columns_XGCF, bias, scaling, dropout)
+    out_BNGJPD, lse_BNGJP = (x.unflatten(0, (B, count)) for x in (out_XGJPD, lse_XGJP))
+    return out_BNGJPD.movedim(1, 3).flatten(3, 4), lse_BNGJP.movedim(1, 3).flatten(3, 4)
+
+
+def _attend_columns(
+    query_BGJPD: Tensor, columns_BGCF: Tensor, bias: Tensor | None, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    J, P, D = query_BGJPD.shape[2:]
+    if bias is not None:
+        bias = bias[:, :, None].expand(-1, -1, J, -1, -1).flatten(2, 3)
+    out_BGXD, lse_BGX = attend_part(
+        query_BGJPD.flatten(2, 3),
+        columns_BGCF[..., :D],
+        columns_BGCF[..., D:],
+        bias,
+        scaling=scaling,
+        dropout=dropout,
+    )
+    return out_BGXD.unflatten(2, (J, P)), lse_BGX.unflatten(2, (J, P))
+
+
+def _near_mask(
+    exact: Exact,
+    position_P: Tensor,
+    stretch: slice,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Which sinks, and which recent tokens at the positions of `stretch`, are read exactly.
+
+    [B|1 1 P C]; `mask` [B|1, 1, P, T] is that of all tokens.
+    """
+    device = position_P.device
+    start_B1 = torch.zeros(1, 1, dtype=torch.long, device=device)
+    if exact.start_B is not None:
+        start_B1 = exact.start_B[:, None]
+    sink_BS = start_B1 + torch.arange(exact.sink, device=device)
+    sees_BPC = sink_BS[:, None] <= position_P[:, None]
+    if exact.reach:
+        recent_K = torch.arange(stretch.start, stretch.stop, device=device)
+        distance_PK = position_P[:, None] - recent_K
+        near_PK = (distance_PK >= 0) & (distance_PK < exact.reach)
+        near_BPK = near_PK & (recent_K >= start_B1 + exact.sink)[:, None]
+        sees_BPC = torch.cat((sees_BPC, near_BPK), dim=-1)
+    if mask is not None:
+        batch = max(len(mask), len(sink_BS))
+        index_BPS = sink_BS.clamp_max(exact.tokens - 1)[:, None].expand(batch, len(position_P), -1)
+        mask = mask.expand(batch, -1, -1, -1)
+        recents = mask[..., stretch] if exact.reach else mask[..., :0]
+        mask = torch.cat((mask.gather(3, index_BPS[:, None]), recents), dim=3)
+    return _both(sees_BPC[:, None], mask, dtype)
+
+
+def _both(sees: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Boolean `sees` and any mask, as finite numbers to add to scores."""
+    if mask is None or mask.dtype == torch.bool:
+        return additive(sees if mask is None else sees & mask, dtype)
+    return additive(mask.masked_fill(~sees, -torch.inf), dtype)

@@ -1,0 +1,188 @@
+"""Decoding on a GPU: one Triton launch over all sequences, KV heads and parts of the context.
+
+A program takes one sequence, one KV head and one part of the context; its tile holds all query
+heads of the group, so that the cache is read once. Ranks differ from head to head: columns beyond a
+head's ranks are masked, they cost arithmetic, not bytes. A second, small launch puts the parts
+together by the log of their sums of exponentials.
+
+Shapes: B batch, G KV head, X query head of a KV head, T cached token, S part of the context,
+M view columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from matkv.latents.layer import LayerProjection
+
+BLOCK_T = 64
+# Programs a multiprocessor should have to hide the latency of its loads.
+PROGRAMS = 4
+# Triton's interpreter, in tests without a GPU, cannot multiply bf16.
+WIDEN = bool(triton.knobs.runtime.interpret)
+
+
+def decode(
+    query_BGXM: Tensor,
+    rows: Sequence[Tensor],
+    projection: LayerProjection,
+    mask: Tensor | None,
+    scaling: float,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position over all rows, [BNTC] per bucket.  [BGXM -> BGXM, BGX]
+
+    `mask` is additive, [B|1 1 1 T], or None when every token is seen. The context is divided into
+    `splits` parts, by default as many as keep the device busy. The second result is the log of the
+    weights' sum, in fp32.
+    """
+    B, G, X, M = query_BGXM.shape
+    tokens, device = rows[0].shape[2], query_BGXM.device
+    query_BGXM = query_BGXM.contiguous()
+    blocks = triton.cdiv(tokens, BLOCK_T)
+    if splits is None:
+        splits = triton.cdiv(PROGRAMS * _multiprocessors(device), B * G)
+    splits = max(1, min(splits, blocks))
+    part_tokens = triton.cdiv(blocks, splits) * BLOCK_T
+    splits = triton.cdiv(tokens, part_tokens)
+    part_BGSXM = torch.empty(B, G, splits, X, M, dtype=torch.float32, device=device)
+    lse_BGSX = torch.empty(B, G, splits, X, dtype=torch.float32, device=device)
+    lse_BGX = torch.empty(B, G, X, dtype=torch.float32, device=device)
+    out_BGXM = torch.empty_like(query_BGXM)
+    sizes = _tile(X, projection)
+    _decode_part[(B, G, splits)](
+        query_BGXM, _table(_places(rows), device), projection.ranks,
+        query_BGXM if mask is None else mask, part_BGSXM, lse_BGSX,
+        tokens, part_tokens, scaling, X, M,
+        0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+        HAS_MASK=mask is not None, BLOCK_T=BLOCK_T, WIDEN=WIDEN, **sizes,
+    )  # fmt: skip
+    _merge_parts[(B, G, X)](
+        part_BGSXM, lse_BGSX, projection.ranks, out_BGXM, lse_BGX, X, M, splits,
+        BLOCK_S=triton.next_power_of_2(splits), BLOCK_M=triton.next_power_of_2(max(M, 1)),
+    )  # fmt: skip
+    return out_BGXM, lse_BGX
+
+
+@triton.jit
+def _decode_part(
+    query_ptr, table_ptr, ranks_ptr, mask_ptr, part_ptr, lse_ptr,
+    tokens, part_tokens, scaling, X, M, mask_stride,
+    HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    """One part of one head's context: softmax-weighted values, and the log of the weights' sum."""
+    b, g, s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    heads, splits = tl.num_programs(1), tl.num_programs(2)
+    rank_key, rank_value = tl.load(ranks_ptr + 2 * g), tl.load(ranks_ptr + 2 * g + 1)
+    element = query_ptr.dtype.element_ty
+    factor = tl.float32 if WIDEN else element
+    # A head's place: address of its first row, elements from a sequence to the next and from a
+    # token to the next.
+    address = tl.load(table_ptr + 3 * g)
+    stride_b, stride_t = tl.load(table_ptr + 3 * g + 1), tl.load(table_ptr + 3 * g + 2)
+    rows_ptr = address.to(tl.pointer_type(element)) + b * stride_b
+    x = tl.arange(0, BLOCK_X)
+    r_key, r_value = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
+    is_key, is_value = r_key < rank_key, r_value < rank_value
+    head = b * heads + g
+    query = tl.load(
+        query_ptr + (head * X + x[:, None]) * M + r_key[None, :],
+        mask=(x[:, None] < X) & is_key[None, :],
+        other=0.0,
+    )
+    highest = tl.full((BLOCK_X,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_X,), tl.float32)
+    out = tl.zeros((BLOCK_X, BLOCK_VALUE), tl.float32)
+    first = s * part_tokens
+    for start in range(first, tl.minimum(first + part_tokens, tokens), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        is_token = t < tokens
+        row_ptr = rows_ptr + t.to(tl.int64) * stride_t
+        is_key_there = is_key[:, None] & is_token[None, :]
+        key = tl.load(row_ptr[None, :] + r_key[:, None], mask=is_key_there, other=0.0)
+        score = tl.dot(query.to(factor), key.to(factor), input_precision="ieee") * scaling
+        if HAS_MASK:
+            bias = tl.load(mask_ptr + b * mask_stride + t, mask=is_token, other=0.0)
+            score += bias.to(tl.float32)[None, :]
+        # A masked token keeps a finite score: a query that sees nothing must not become NaN.
+        score = tl.where(is_token[None, :], tl.maximum(score, -1e30), -float("inf"))
+        higher = tl.maximum(highest, tl.max(score, 1))
+        fade, weight = tl.exp(highest - higher), tl.exp(score - higher[:, None])
+        value_ptr = row_ptr[:, None] + rank_key + r_value[None, :]
+        value = tl.load(value_ptr, mask=is_token[:, None] & is_value[None, :], other=0.0)
+        more = tl.dot(weight.to(factor), value.to(factor), input_precision="ieee")
+        out = out * fade[:, None] + more
+        total = total * fade + tl.sum(weight, 1)
+        highest = higher
+    place = (head * splits + s) * X + x
+    tl.store(lse_ptr + place, highest + tl.log(total), mask=x < X)
+    tl.store(
+        part_ptr + place[:, None] * M + r_value[None, :],
+        out / total[:, None],
+        mask=(x[:, None] < X) & is_value[None, :],
+    )
+
+
+@triton.jit
+def _merge_parts(
+    part_ptr, lse_ptr, ranks_ptr, out_ptr, all_lse_ptr, X, M, splits,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One query head: its parts, each with its share of the weights, into the last columns."""
+    b, g, x = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    head = b * tl.num_programs(1) + g
+    rank_value = tl.load(ranks_ptr + 2 * g + 1)
+    s, m = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_M)
+    place = (head * splits + s) * X + x
+    lse = tl.load(lse_ptr + place, mask=s < splits, other=-float("inf"))
+    highest = tl.max(lse, 0)
+    weight = tl.exp(lse - highest)
+    total = tl.sum(weight, 0)
+    column = m - (M - rank_value)
+    part = tl.load(
+        part_ptr + place[:, None] * M + column[None, :],
+        mask=(s[:, None] < splits) & ((column >= 0) & (m < M))[None, :],
+        other=0.0,
+    )
+    out = tl.sum(part * weight[:, None], 0) / total
+    tl.store(all_lse_ptr + head * X + x, highest + tl.log(total))
+    tl.store(out_ptr + (head * X + x) * M + m, out.to(out_ptr.dtype.element_ty), mask=m < M)
+
+
+def _tile(queries: int, projection: LayerProjection) -> dict[str, int]:
+    """Tile sizes: powers of two that hold every head, 16 at least for matrix units."""
+    key, value = projection.highest_ranks
+    sizes = {"BLOCK_X": queries, "BLOCK_KEY": key, "BLOCK_VALUE": value}
+    return {name: max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
+
+
+def _places(rows: Sequence[Tensor]) -> tuple[int, ...]:
+    """Of every head, in sorted order: address of its first row, and two strides in elements."""
+    places: list[int] = []
+    for rows_BNTC in rows:
+        stride_b, stride_n, stride_t, _ = rows_BNTC.stride()
+        step = stride_n * rows_BNTC.element_size()
+        for n in range(rows_BNTC.shape[1]):
+            places += (rows_BNTC.data_ptr() + n * step, stride_b, stride_t)
+    return tuple(places)
+
+
+@lru_cache(maxsize=4096)
+def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """`places` on the device. They change only when a buffer grows: one copy serves many tokens."""
+    return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)

@@ -1,0 +1,190 @@
+"""Attention computed on latents: keys and values are never rebuilt at full width.
+
+    score = (q decode_key[:, :r]) · z_key · scaling
+    out   = (softmax(score) · z_value) decode_value[:, :r]^T
+
+All of it by torch's fused attention on overlapping views of the rows, or by a kernel of our own for
+one query. Tokens kept exact are a second part (exact.py), put together with the latents by
+log-sum-exp.
+
+Shapes: B batch, H query head, G KV head, N heads of one bucket, J query heads of a KV head
+(H = G J), Q query position, X = J Q, T token, D head dim, M = max(R_key, R_value), C row columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matkv.attention.exact import attend_exact, far_mask
+from matkv.attention.kernels import cpu
+from matkv.attention.masks import additive, causal_bias
+from matkv.attention.parts import attend_part, even_lse, flows, merge
+from matkv.errors import UnsupportedModelError
+from matkv.latents.latents import Exact, Latents
+from matkv.latents.layer import LayerProjection, per_head
+
+
+def attend(
+    latents: Latents,
+    query_BHQD: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention output of every query head.  [BHQD -> BHQD]
+
+    `mask` [B|1, 1, Q, T] is boolean (True attends) or additive; None means causal, with the last
+    query at the last token.
+
+    Raises:
+        UnsupportedModelError: the mask differs between heads, as a position bias does.
+    """
+    queries = query_BHQD.shape[2]
+    if latents.is_static and mask is None:
+        latents = Latents(latents.projection, [rows[:, :, :queries] for rows in latents.rows])
+    _check_mask(mask, queries, latents.tokens)
+    if latents.exact is not None:
+        return _attend_both(latents, latents.exact, query_BHQD, mask, scaling, dropout)
+    out_BHQD, _ = _attend_rows(latents, query_BHQD, mask, scaling, dropout, _sdpa)
+    return out_BHQD
+
+
+def _attend_both(
+    latents: Latents,
+    exact: Exact,
+    query_BHQD: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Exact tokens, and the latents of those between for the queries that come after any."""
+    near_BHQD, lse_near_BHQ = attend_exact(
+        exact, query_BHQD, mask, scaling=scaling, dropout=dropout
+    )
+    queries, rows = query_BHQD.shape[2], latents.rows[0].shape[2]
+    if rows == 0:
+        return near_BHQD
+    # The last query reads all rows, each one before it a row less: the first ones none.
+    early = max(0, queries - rows)
+    near = near_BHQD, lse_near_BHQ
+    if early:
+        query_BHQD = query_BHQD[:, :, early:]
+        near = near_BHQD[:, :, early:], lse_near_BHQ[:, :, early:]
+    if mask is not None or exact.start_B is not None:
+        mask = far_mask(exact, mask, queries - early, rows, query_BHQD)
+    far_BHQD, lse_BGX = _attend_rows(latents, query_BHQD, mask, scaling, dropout, attend_part)
+    lse_far_BHQ = latents.projection.leave(lse_BGX, queries - early)
+    merged_BHQD = merge(far_BHQD, lse_far_BHQ, *near)
+    return torch.cat((near_BHQD[:, :, :early], merged_BHQD), dim=2) if early else merged_BHQD
+
+
+def _attend_rows(
+    latents: Latents,
+    query_BHQD: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    fused: Fused,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the rows, and the log of the weights' sum where `fused` tells it.
+
+    The second is in sorted order.  [BHQD -> BHQD, BGX]
+    """
+    projection, rows, queries = latents.projection, latents.rows, query_BHQD.shape[2]
+    query_BGXM = per_head(projection.enter(query_BHQD), projection.query)
+    mask = None if mask is None else additive(mask, query_BGXM.dtype)
+    decode = _decoder(query_BGXM, rows) if queries == 1 and not dropout else None
+    if decode is not None:
+        out_BGXM, lse_BGX = decode(query_BGXM, rows, projection, mask, scaling)
+    else:
+        fused = partial(fused, scaling=scaling, dropout=dropout)
+        out_BGXM, lse_BGX = _attend_fused(latents, query_BGXM, queries, mask, fused)
+    out_BHQD = projection.leave(per_head(out_BGXM, projection.output), queries)
+    return out_BHQD, lse_BGX
+
+
+Decode = Callable[
+    [Tensor, list[Tensor], LayerProjection, Tensor | None, float], tuple[Tensor, Tensor]
+]
+Fused = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _decoder(query_BGXM: Tensor, rows: list[Tensor]) -> Decode | None:
+    """The device's fast path for one query position; none where gradients flow."""
+    if flows(query_BGXM, *rows):
+        return None
+    if query_BGXM.device.type == "cuda":
+        from matkv.attention.kernels import gpu  # triton comes with torch where there is CUDA
+
+        return gpu.decode
+    return cpu.decode if query_BGXM.device.type == "cpu" else None
+
+
+def _attend_fused(
+    latents: Latents, query_BGXM: Tensor, queries: int, mask: Tensor | None, fused: Fused
+) -> tuple[Tensor, Tensor]:
+    """Every bucket through a fused attention.  [-> BGXM, BGX]"""
+    M, tokens = query_BGXM.shape[3], latents.rows[0].shape[2]
+    is_causal = mask is None and queries == tokens and queries > 1
+    if mask is None and not is_causal and queries > 1:
+        mask = causal_bias(queries, tokens, query_BGXM)
+    # One call per query head of a group copies neither keys, values nor mask; with one query
+    # position the heads are positions of one call.
+    step = queries if queries > 1 else query_BGXM.shape[2]
+    out_BGXM = query_BGXM.new_zeros(query_BGXM.shape)
+    lse_BGX = query_BGXM.new_zeros(query_BGXM.shape[:3], dtype=torch.float32)
+    for bucket, rows_BNTC in zip(latents.projection.buckets, latents.rows, strict=True):
+        if bucket.row_width == 0:
+            even = even_lse(mask, queries, tokens, query_BGXM)
+            lse_BGX[:, bucket.heads] = even.repeat(1, 1, query_BGXM.shape[2] // queries)
+            continue
+        width = bucket.width
+        key_BNTM, value_BNTM = rows_BNTC[..., :width], rows_BNTC[..., -width:]
+        query_BNXM = query_BGXM[:, bucket.heads, :, :width]
+        parts = [
+            fused(part, key_BNTM, value_BNTM, mask, is_causal=is_causal)
+            for part in query_BNXM.split(step, dim=2)
+        ]
+        outs, sums = zip(*parts, strict=True)
+        out_BGXM[:, bucket.heads, :, M - width :] = torch.cat(outs, dim=2)
+        lse_BGX[:, bucket.heads] = torch.cat(sums, dim=2)
+    return out_BGXM, lse_BGX
+
+
+def _sdpa(
+    query_BNQM: Tensor,
+    key_BNTM: Tensor,
+    value_BNTM: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    is_causal: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """torch's fused attention, which does not tell the log of the weights' sum: zeros."""
+    out_BNQM = F.scaled_dot_product_attention(
+        query_BNQM,
+        key_BNTM,
+        value_BNTM,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scaling,
+    )
+    return out_BNQM, out_BNQM.new_zeros(out_BNQM.shape[:3])
+
+
+def _check_mask(mask: Tensor | None, Q: int, tokens: int) -> None:
+    if mask is None:
+        return
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (Q, tokens):
+        raise UnsupportedModelError(
+            f"attention mask of shape {tuple(mask.shape)}; latent attention takes "
+            f"[batch, 1, {Q}, {tokens}], one mask for all heads"
+        )

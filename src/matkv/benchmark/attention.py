@@ -1,0 +1,162 @@
+"""Benchmark of one layer's attention at decode, without a model: full width against latents.
+
+Shapes: B batch, H query head, G KV head, J query heads of a KV head, T cached token, D head dim,
+C row columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matkv.attention.latent import attend
+from matkv.bases.maps import Maps
+from matkv.benchmark.timing import Spread, take_turns, thread_count
+from matkv.errors import BudgetError, RankError
+from matkv.latents.latents import Latents
+from matkv.latents.layer import LayerProjection
+from matkv.ranks import LayerRanks, check_budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """One layer's attention at decode: one new query a sequence over `context` cached tokens.
+
+    The ranks are random and ragged, of mean `budget` × `head_dim`. `threads` are CPU threads, None
+    for as many as torch uses.
+
+    Raises:
+        BudgetError: `budget` is outside (0, 1].
+        RankError: a size is not positive, or the query heads are no multiple of the KV heads.
+    """
+
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    context: int = 16_384
+    batch: int = 1
+    budget: float = 0.375
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    threads: int | None = None
+    rounds: int = 15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        sizes = (self.heads, self.kv_heads, self.head_dim, self.context, self.batch, self.rounds)
+        if min(sizes) < 1 or self.heads % self.kv_heads:
+            raise RankError(
+                f"{self.heads} query heads, {self.kv_heads} KV heads of dimension {self.head_dim}, "
+                f"context {self.context}, batch {self.batch}, {self.rounds} rounds: all must be "
+                "positive, and the query heads a multiple of the KV heads"
+            )
+
+
+@torch.inference_mode()
+def attention_benchmark(case: AttentionCase) -> dict[str, Any]:
+    """Time full-width sdpa and latent attention in turns.
+
+    `full_ms` is sdpa as transformers calls it while decoding, the faster of its ways to share a KV
+    head among query heads. `latent_ms` is everything `attend` does: queries into latents, scores,
+    softmax, and outputs back to full width. `speedup` is the median of the round-by-round ratios,
+    `speedup_low` and `speedup_high` their quartiles; `limit` is full over kept cache bytes.
+    """
+    generator = torch.Generator().manual_seed(case.seed)
+    key_ranks, value_ranks = (
+        ragged_ranks(case.kv_heads, case.head_dim, case.budget, generator) for _ in range(2)
+    )
+    kept = sum(key_ranks) + sum(value_ranks)
+    query = _random(case, generator, case.heads, 1, case.head_dim)
+    candidates = _full_width(case, query, generator)
+    candidates["latent"] = _on_latents(case, query, key_ranks, value_ranks, generator)
+    with thread_count(case.threads):
+        times = take_turns(candidates, case.rounds, device=case.device)
+        threads = torch.get_num_threads()
+    latent = times.pop("latent")
+    name, full = min(times.items(), key=lambda item: Spread.of(item[1]).median)
+    speedup = Spread.of_ratios(full, latent)
+    return {
+        "full_ms": Spread.of(full).median,
+        "latent_ms": Spread.of(latent).median,
+        "speedup": speedup.median,
+        "limit": 2 * case.kv_heads * case.head_dim / kept,
+        "speedup_low": speedup.low,
+        "speedup_high": speedup.high,
+        "full_kind": name,
+        "threads": threads,
+        "rounds": case.rounds,
+    }
+
+
+def ragged_ranks(heads: int, dim: int, budget: float, generator: torch.Generator) -> LayerRanks:
+    """Random ranks on a grid of an eighth of the head dim, their mean budget × dim.
+
+    Between one and seven eighths, as long as the budget allows it.
+
+    Raises:
+        BudgetError: the budget is below one step of the grid in all.
+    """
+    step = max(1, dim // 8)
+    total = int(budget * dim * heads / step + 1e-9)
+    low, high = 1, dim // step - 1
+    if not low * heads <= total <= high * heads:
+        low, high = 0, dim // step
+    if total < 1:
+        raise BudgetError(f"budget {budget} leaves {heads} heads of dimension {dim} without ranks")
+    units = torch.randint(low, high + 1, (heads,), generator=generator)
+    while (missing := total - int(units.sum())) != 0:
+        one = int(torch.randint(heads, (), generator=generator))
+        units[one] = (units[one] + (1 if missing > 0 else -1)).clamp(low, high)
+    return tuple(int(unit) * step for unit in units)
+
+
+def _random(case: AttentionCase, generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers, [B, *shape]."""
+    numbers = torch.randn(case.batch, *shape, generator=generator, dtype=torch.float32)
+    return numbers.to(case.device, case.dtype)
+
+
+def _full_width(
+    case: AttentionCase, query_BHD: Tensor, generator: torch.Generator
+) -> dict[str, Callable[[], object]]:
+    shape = (case.kv_heads, case.context, case.head_dim)
+    key_BGTD, value_BGTD = (_random(case, generator, *shape) for _ in range(2))
+    sdpa = F.scaled_dot_product_attention
+    if case.heads == case.kv_heads:
+        return {"sdpa": partial(sdpa, query_BHD, key_BGTD, value_BGTD)}
+    packed_BGJD = query_BHD.view(case.batch, case.kv_heads, -1, case.head_dim)
+    return {
+        "sdpa, enable_gqa": partial(sdpa, query_BHD, key_BGTD, value_BGTD, enable_gqa=True),
+        "sdpa, heads as positions": partial(sdpa, packed_BGJD, key_BGTD, value_BGTD),
+    }
+
+
+def _on_latents(
+    case: AttentionCase,
+    query_BHD: Tensor,
+    key_ranks: LayerRanks,
+    value_ranks: LayerRanks,
+    generator: torch.Generator,
+) -> Callable[[], object]:
+    key, value = (
+        Maps.orthogonal(
+            torch.linalg.qr(
+                torch.randn(case.kv_heads, case.head_dim, case.head_dim, generator=generator)
+            ).Q
+        )
+        for _ in range(2)
+    )
+    projection = LayerProjection(key, value, key_ranks, value_ranks).to(case.device, case.dtype)
+    rows = [
+        _random(case, generator, b.heads.stop - b.heads.start, case.context, b.row_width)
+        for b in projection.buckets
+    ]
+    latents = Latents(projection, rows)
+    return partial(attend, latents, query_BHD, None, scaling=case.head_dim**-0.5)

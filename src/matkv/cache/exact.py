@@ -1,0 +1,168 @@
+"""What a cache keeps at full width: the first tokens of a layer, and a window that slides.
+
+Shapes: B batch, G KV head, T new token, S sink token, K recent token, D head dim, F = 2 D,
+[key | value].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from matkv.errors import CacheError
+from matkv.latents.latents import Exact
+
+# The window slides through a buffer with room for half as many tokens again and this many, and is
+# moved back to its start when it reaches the end.
+GRAIN = 16
+
+
+class ExactTokens:
+    """The first `sink` tokens and the last `window` of one layer; none is in both.
+
+    The recent ones are the stretch `held` of a buffer [B G room F], in order. Tokens between are
+    latents: those at the positions from `sink` to the window, with left padding too, because what
+    is at an earlier position is a sink or padding.
+    """
+
+    def __init__(self, sink: int, window: int) -> None:
+        self.sink, self.window = sink, window
+        self.sink_BGSF: Tensor | None = None
+        self.recent: Tensor | None = None
+        self.held = slice(0, 0)
+        self.start_B: Tensor | None = None
+
+    @property
+    def reach(self) -> int:
+        """How many of the last tokens the newest query reads exactly: its own, too."""
+        return self.window + 1 if self.window else 0
+
+    def between(self, length: int) -> int:
+        """How many of `length` tokens are latents in the cache."""
+        return max(0, length - self.sink - self.window)
+
+    def far(self, length: int) -> int:
+        """How many of these the newest query reads."""
+        return max(0, length - self.sink - self.reach)
+
+    def append(
+        self, new_BGTF: Tensor, first: int, start_B: Tensor | None, *, keep_all: bool
+    ) -> tuple[Exact, Tensor]:
+        """Add the tokens at the positions from `first` on.
+
+        Returns what their attention reads exactly, and the tokens that turn into latents. With
+        `keep_all` these are kept as well, so that `crop` can bring them back.
+        """
+        length = first + new_BGTF.shape[2]
+        if start_B is not None and len(start_B) == len(new_BGTF):
+            self.start_B = start_B.to(new_BGTF.device)
+        self._fill_sinks(new_BGTF, first)
+        assert self.sink_BGSF is not None
+        joined = self._count(self.held) + new_BGTF.shape[2]
+        kept = joined if keep_all and self.window else self._wanted(length)
+        recent_BGKF = self._slide(new_BGTF, joined, kept)
+        exact = Exact(recent_BGKF, self.sink_BGSF, self.start_B, length, self.reach)
+        turned = slice(self.between(first), self.between(length))
+        offset = self.sink - exact.first
+        return exact, recent_BGKF[:, :, turned.start + offset : turned.stop + offset]
+
+    def crop(self, length: int, removed: int) -> None:
+        """Forget the last `removed` of `length` tokens.
+
+        Raises:
+            CacheError: tokens that are recent again were already dropped.
+        """
+        if not self.window:
+            return
+        wanted = self._wanted(length - removed)
+        end = max(self.held.start, self.held.stop - removed)
+        if end - wanted < self.held.start:
+            raise CacheError(
+                f"cannot crop {removed} tokens of a cache with an exact window of {self.window}: "
+                "call activate_past_recording() before the tokens are added, or use window=0"
+            )
+        self.held = slice(end - wanted, end)
+
+    def reset(self) -> None:
+        self.sink_BGSF, self.recent, self.start_B = None, None, None
+        self.held = slice(0, 0)
+
+    def select(self, index_B: Tensor) -> None:
+        """Keep these sequences, in this order."""
+        if self.recent is None or self.sink_BGSF is None:
+            return
+        self._store(self.recent[:, :, self.held].index_select(0, index_B))
+        self.sink_BGSF = self.sink_BGSF.index_select(0, index_B)
+        if self.start_B is not None:
+            self.start_B = self.start_B.index_select(0, index_B)
+
+    def move(self, device: torch.device | str) -> None:
+        if self.recent is not None and self.sink_BGSF is not None:
+            self.recent = self.recent.to(device, non_blocking=True)
+            self.sink_BGSF = self.sink_BGSF.to(device, non_blocking=True)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.sink_BGSF, self.recent) if tensor is not None]
+
+    def used_nbytes(self, length: int) -> int:
+        """Bytes of the tokens held, without spare room."""
+        if self.recent is None:
+            return 0
+        B, G, _, F = self.recent.shape
+        tokens = min(length, self.sink) + self._count(self.held)
+        return B * G * tokens * F * self.recent.element_size()
+
+    # ---- how
+
+    @staticmethod
+    def _count(held: slice) -> int:
+        return int(held.stop - held.start)
+
+    def _wanted(self, length: int) -> int:
+        """How many of `length` tokens are recent, and no sinks whatever the padding."""
+        return min(self.window, max(0, length - self.sink))
+
+    def _slide(self, new_BGTF: Tensor, joined: int, kept: int) -> Tensor:
+        """Append, then keep the last `kept`; returns all that were held and the new.  [BGKF]"""
+        buffer, end = self.recent, self.held.stop + new_BGTF.shape[2]
+        if buffer is not None and end <= buffer.shape[2] and _is_writable(buffer, new_BGTF):
+            buffer[:, :, self.held.stop : end] = new_BGTF
+            recent_BGKF = buffer[:, :, end - joined : end]
+            self.held = slice(end - kept, end)
+            return recent_BGKF
+        recent_BGKF = new_BGTF
+        if buffer is not None and joined > new_BGTF.shape[2]:
+            recent_BGKF = torch.cat((buffer[:, :, self.held], new_BGTF), dim=2)
+        self._store(recent_BGKF[:, :, joined - kept :])
+        return recent_BGKF
+
+    def _store(self, kept_BGKF: Tensor) -> None:
+        B, G, kept, F = kept_BGKF.shape
+        self.held = slice(0, kept)
+        if kept_BGKF.requires_grad:
+            self.recent = kept_BGKF
+            return
+        room = kept + kept // 2 + GRAIN if self.window else 0
+        self.recent = kept_BGKF.new_empty(B, G, room, F)
+        self.recent[:, :, :kept] = kept_BGKF
+
+    def _fill_sinks(self, new_BGTF: Tensor, first: int) -> None:
+        """Put those of the new tokens that are sinks into their slots."""
+        B, G, tokens, F = new_BGTF.shape
+        if self.sink_BGSF is None:
+            self.sink_BGSF = new_BGTF.new_zeros(B, G, self.sink, F)
+        if self.start_B is None and first >= self.sink:
+            return
+        start_B = new_BGTF.new_zeros(B, dtype=torch.long) if self.start_B is None else self.start_B
+        offset_BS = start_B[:, None] + torch.arange(self.sink, device=start_B.device) - first
+        is_new_BS = (offset_BS >= 0) & (offset_BS < tokens)
+        picks_BGSF = offset_BS.clamp(0, tokens - 1)[:, None, :, None].expand_as(self.sink_BGSF)
+        new_BGSF = new_BGTF.gather(2, picks_BGSF)
+        self.sink_BGSF = torch.where(is_new_BS[:, None, :, None], new_BGSF, self.sink_BGSF)
+
+
+def _is_writable(buffer: Tensor, new_BGTF: Tensor) -> bool:
+    """Not where a graph needs earlier tokens, nor a buffer made in a mode that is over."""
+    is_frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+    return not (is_frozen or buffer.requires_grad or new_BGTF.requires_grad)

@@ -1,0 +1,108 @@
+"""A cache of latents in tensors whose shapes and addresses never change.
+
+What `torch.compile` and CUDA graphs ask for: attention reads the whole buffer at every step, and
+the mask hides what is not yet written, as with transformers' StaticCache.
+
+Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
+
+from matkv.cache.cache import attached_projections, storage_nbytes
+from matkv.errors import CacheError
+from matkv.latents.latents import Latents
+from matkv.latents.layer import LayerProjection
+
+
+class StaticLatentLayer(StaticLayer):
+    """A buffer [B N max_cache_len C] per bucket of equal row widths, allocated at the first token.
+
+    Raises:
+        CacheError: the projection keeps some tokens exact.
+    """
+
+    def __init__(self, projection: LayerProjection, max_cache_len: int) -> None:
+        super().__init__(max_cache_len)
+        if projection.keeps_exact:
+            raise CacheError("a static cache keeps no exact tokens: attach with sink=0, window=0")
+        self.projection = projection
+        self.buffers: list[Tensor] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        batch = key_states.shape[0]
+        self.buffers = [
+            key_states.new_zeros(
+                batch, b.heads.stop - b.heads.start, self.max_cache_len, b.row_width
+            )
+            for b in self.projection.buckets
+        ]
+        if not torch.compiler.is_compiling():
+            for tensor in (*self.buffers, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Write new tokens after the others.  [B G T D, B G T D -> (Latents, the same Latents)]"""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[2]
+        position_T = torch.arange(tokens, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(tokens)
+        for buffer, rows_BNTC in zip(
+            self.buffers, self.projection.encode(key_states, value_states), strict=True
+        ):
+            buffer.index_copy_(2, position_T, rows_BNTC)
+        latents = Latents(self.projection, self.buffers, is_static=True)
+        return latents, latents
+
+    def reset(self) -> None:
+        self.cumulative_length.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for buffer in self.buffers:
+            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def offload(self) -> None:
+        raise CacheError("a static cache stays on its device: use LatentCache(model) to offload")
+
+    def prefetch(self) -> None:
+        pass
+
+    def _tensors(self) -> list[Tensor]:
+        return self.buffers
+
+
+class StaticLatentCache(Cache):
+    """A cache of latents for an attached model with room for `max_cache_len` tokens, for good.
+
+    Layers with a sliding window are transformers' own static ones, at full width.
+
+    Raises:
+        CacheError: the model is not attached, or keeps some tokens exact.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_cache_len: int) -> None:
+        projections = attached_projections(model)
+        if not projections:
+            raise CacheError("the model has no bases: call matkv.attach(model, artifact, budget)")
+        text = model.config.get_text_config(decoder=True)
+        layers: list[Any] = StaticCache(config=text, max_cache_len=max_cache_len).layers
+        for index, projection in projections.items():
+            layers[index] = StaticLatentLayer(projection, max_cache_len)
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages the cache holds, room for later tokens included."""
+        return storage_nbytes(self)

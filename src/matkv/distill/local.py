@@ -1,0 +1,222 @@
+"""The local stage: every layer's bases fitted to that layer's attention output, all by themselves.
+
+    loss = mean over layers of  ‖out' W - out W‖² / ‖out W‖²      W the layer's output projection
+
+on queries, keys and values recorded with the full cache. There is no vocabulary, no backward pass
+through the model, and one layer's graph at a time.
+
+Shapes: B sequence, H query head, G KV head, T token, D head dim, M model dim, X matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from matkv.bases.gates import Projected
+from matkv.bases.learned import ADAM_EPSILON
+from matkv.distill.bases import Bases
+from matkv.distill.config import DistillConfig
+from matkv.distill.examples import TrainingSet
+from matkv.errors import TrainingError
+from matkv.hf.function import handled
+from matkv.hf.geometry import attention_modules, geometry_of, output_projection
+from matkv.progress import Interrupt, OnProgress, Progress, Spent
+
+# Recorded queries, keys and values of one round stay under this many bytes.
+RECORD_BYTES = 2 << 30
+
+
+@dataclass
+class Recorder:
+    """Observes one layer and keeps its queries, keys and values, one [1·TD] a sequence."""
+
+    query: list[Tensor] = field(default_factory=list)
+    key: list[Tensor] = field(default_factory=list)
+    value: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        for kept, x in ((self.query, query_BHTD), (self.key, key_BGTD), (self.value, value_BGTD)):
+            kept += x.split(1)
+
+    def pick(self, sequences: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of some sequences, zeros after their end.  [B·TD] each"""
+        query, key, value = (
+            _stacked([kept[index] for index in sequences])
+            for kept in (self.query, self.key, self.value)
+        )
+        return query, key, value
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """What one step fits: `picks` of the recorded sequences, at ranks `sizes_BKX`."""
+
+    recorders: dict[int, Recorder]
+    picks: list[int]
+    lengths_B: Tensor
+    sizes_BKX: Tensor
+
+    def keep(self) -> Tensor:
+        """1 at the sequences' tokens, 0 after their end.  [BT]"""
+        position_T = torch.arange(int(self.lengths_B.max()))
+        return (position_T < self.lengths_B[:, None]).float()
+
+
+def fit_locally(
+    model: PreTrainedModel,
+    bases: Bases,
+    data: TrainingSet,
+    config: DistillConfig,
+    *,
+    interrupt: Interrupt,
+    on_progress: OnProgress | None = None,
+) -> Spent:
+    """Fit `bases` layer by layer; a token counts each time it is used.
+
+    Under several processes each does the same work.
+
+    Raises:
+        TrainingError: the loss is not a finite number.
+    """
+    optimizer = torch.optim.Adam(bases.parameters(), lr=config.local_lr, eps=ADAM_EPSILON)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.local_steps)
+    modules = attention_modules(model)
+    spent, started = Spent(0, 0, 0.0), time.perf_counter()
+    for step, batch in enumerate(_batches(model, data, config), start=1):
+        loss = _backward(bases, modules, batch)
+        if not math.isfinite(loss):
+            raise TrainingError(f"the local loss is {loss} at step {step}: lower local_lr")
+        optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
+        tokens = spent.tokens + int(batch.lengths_B.sum())
+        spent = Spent(step, tokens, time.perf_counter() - started)
+        if on_progress is not None:
+            on_progress(_progress(spent, config.local_steps, loss))
+        if interrupt.agreed(model.device):
+            break
+    return spent
+
+
+def _progress(spent: Spent, steps: int, loss: float) -> Progress:
+    return Progress(
+        stage="local",
+        step=spent.steps,
+        steps=steps,
+        loss=loss,
+        tokens=spent.tokens,
+        seconds=spent.seconds,
+        seconds_left=spent.seconds / spent.steps * (steps - spent.steps),
+    )
+
+
+def _batches(
+    model: PreTrainedModel, data: TrainingSet, config: DistillConfig
+) -> Iterator[LocalBatch]:
+    """Record as many sequences as memory allows, use each `local_reuse` times, and go on."""
+    size, step, first = config.local_batch_size, 0, 0
+    wanted = -(-config.local_steps * size // config.local_reuse)
+    generator = torch.Generator().manual_seed(config.seed)
+    while step < config.local_steps:
+        items = [data.example(first)]
+        room = RECORD_BYTES // (_bytes_per_token(model) * len(items[0]["input_ids"]))
+        count = max(size, min(wanted, room))
+        items += [data.example(first + index) for index in range(1, count)]
+        recorders = _record(model, items)
+        lengths_N = torch.tensor([len(item["input_ids"]) for item in items])
+        for _ in range(config.local_reuse):
+            order: list[int] = torch.randperm(count, generator=generator).tolist()
+            for start in range(0, count - size + 1, size):
+                drawn = [data.sizes(step * size + index) for index in range(size)]
+                picks = order[start : start + size]
+                yield LocalBatch(recorders, picks, lengths_N[picks], torch.stack(drawn))
+                step += 1
+                if step == config.local_steps:
+                    return
+        first += count
+
+
+@torch.no_grad()
+def _record(model: PreTrainedModel, items: list[dict[str, Tensor]]) -> dict[int, Recorder]:
+    """What every growing layer's attention sees of the sequences."""
+    recorders = {layer: Recorder() for layer in geometry_of(model.config).growing}
+    decoder = model.get_decoder()
+    with handled(model, recorders):
+        for item in items:
+            decoder(input_ids=item["input_ids"][None].to(model.device), use_cache=False)
+    return recorders
+
+
+def _backward(bases: Bases, modules: list[nn.Module], batch: LocalBatch) -> float:
+    """Add one step's gradients to the parameters of `bases`; returns the loss."""
+    device = next(bases.parameters()).device
+    products = bases(batch.sizes_BKX.transpose(0, 1).flatten(0, 1).to(device))
+    # Layers go backwards to the products one by one, and all products to the parameters at once.
+    leaves = {place: product.detach().requires_grad_() for place, product in products.items()}
+    total = 0.0
+    for layer, recorder in batch.recorders.items():
+        product = Projected()
+        product.key, product.value = leaves[layer, "key"], leaves[layer, "value"]
+        keep_BT = batch.keep().to(device, next(modules[layer].parameters()).dtype)
+        loss = layer_loss(modules[layer], product, *recorder.pick(batch.picks), keep_BT)
+        (loss / len(batch.recorders)).backward()
+        total += float(loss.detach()) / len(batch.recorders)
+    grads = [leaves[place].grad for place in products]
+    torch.autograd.backward(list(products.values()), grads)
+    return total
+
+
+def layer_loss(
+    module: nn.Module,
+    projected: Projected,
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    keep_BT: Tensor,
+) -> Tensor:
+    """Relative squared error of one layer's attention output after the output projection.
+
+    `projected` may hold matrices for K times as many sequences; each sequence is then met K times.
+    """
+    weight_MX = output_projection(module).weight
+    attend = partial(_attend, getattr(module, "scaling", query_BHTD.shape[-1] ** -0.5))
+    with torch.no_grad():
+        teacher_BTX = attend(query_BHTD, key_BGTD, value_BGTD) * keep_BT[..., None]
+        scale = F.linear(teacher_BTX, weight_MX).float().square().sum()
+    assert projected.key is not None
+    K = len(projected.key) // len(query_BHTD)
+    query, key, value, keep = (
+        x.repeat(K, *[1] * (x.dim() - 1)) for x in (query_BHTD, key_BGTD, value_BGTD, keep_BT)
+    )
+    student_BTX = attend(query, *projected(key, value)) * keep[..., None]
+    error_BTM = F.linear(student_BTX - teacher_BTX.repeat(K, 1, 1), weight_MX)
+    return error_BTM.float().square().sum() / (K * scale)
+
+
+def _attend(scaling: float, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> Tensor:
+    """Causal attention with the heads side by side.  [-> BTX]"""
+    J = query_BHTD.shape[1] // key_BGTD.shape[1]
+    key, value = (x.repeat_interleave(J, dim=1) for x in (key_BGTD, value_BGTD))
+    out_BHTD = F.scaled_dot_product_attention(query_BHTD, key, value, is_causal=True, scale=scaling)
+    return out_BHTD.transpose(1, 2).flatten(2)
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    longest = max(row.shape[2] for row in rows)
+    return torch.cat([F.pad(row, (0, 0, 0, longest - row.shape[2])) for row in rows])
+
+
+def _bytes_per_token(model: PreTrainedModel) -> int:
+    geometry = geometry_of(model.config)
+    shapes = [geometry.layers[layer] for layer in geometry.growing]
+    heads = sum((geometry.query_heads + 2 * one.kv_heads) * one.head_dim for one in shapes)
+    return heads * model.dtype.itemsize

@@ -1,0 +1,226 @@
+"""Distill: train the bases of an artifact so that every budget keeps more of the model.
+
+Shapes: B sequence, G KV head, T token, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.lora import Lora
+from matkv.bases.maps import SideBases
+from matkv.distill.adapters import Adapters
+from matkv.distill.bases import Bases, rank_axes, sizes_of
+from matkv.distill.checkpoints import last_checkpoint, own_randomness, remove_checkpoints
+from matkv.distill.config import DistillConfig
+from matkv.distill.end_to_end import DistillTrainer, Probe, train_end_to_end, training_arguments
+from matkv.distill.examples import Examples, TrainingSet, as_example, collate
+from matkv.distill.local import fit_locally
+from matkv.distill.student import Student
+from matkv.errors import TrainingError
+from matkv.hf.geometry import fingerprint, geometry_of
+from matkv.hf.observe import measure_energy
+from matkv.progress import Interrupt, OnProgress
+from matkv.ranks import SIDES
+from matkv.schedule import Axis, Schedule, uniform_rungs
+
+PROBE_SEQUENCES = 2
+
+
+def distill(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    examples: Examples,
+    config: DistillConfig,
+    *,
+    held_out: Examples | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Artifact:
+    """Train the bases of `artifact` on `examples`; returns a new artifact (arXiv 2410.14731, §4).
+
+    `examples` are windows of text [NT], or sequences {"input_ids": [T], "labels": [T]} whose labels
+    are -100 where nothing is to be learned. The loss at three budgets is measured on the first of
+    `held_out`. With a folder for `checkpoints`, `resume` goes on from the newest one, exactly;
+    without `resume`, older ones there are removed. A first Ctrl-C ends the run after the step under
+    way and keeps what was learned. Rank tables found for the old bases are dropped, unless
+    the rungs are these tables (`adaptive`).
+
+    Raises:
+        FingerprintError: the artifact was made for another model.
+        DataError: there is no example.
+        TrainingError: settings do not fit, or the loss is not a finite number.
+    """
+    artifact.check(geometry_of(model.config), fingerprint(model))
+    if artifact.lora is not None:
+        raise TrainingError("the artifact has adapters already: start from the one before it")
+    resume_from = last_checkpoint(checkpoints) if resume and checkpoints else None
+    with TemporaryDirectory() as spare, _borrowed(model, config), Interrupt() as interrupt:
+        folder = checkpoints or Path(spare)
+        arguments = training_arguments(config, model.device, folder, save=folder is checkpoints)
+        if not resume and arguments.should_save:
+            remove_checkpoints(folder)
+        model.to(arguments.device)  # type: ignore[arg-type]
+        bases = Bases(artifact, config.parametrization).to(arguments.device)
+        run = _Run(model, artifact, config, bases, interrupt, on_progress)
+        if config.trains_locally and resume_from is None:
+            run.local(examples)
+        if config.trains_end_to_end and not interrupt.requested:
+            run.end_to_end(examples, held_out, arguments, resume_from)
+        return run.result(examples, held_out)
+
+
+@dataclass
+class _Run:
+    """One distillation under way: what the stages share, and what they have done."""
+
+    model: PreTrainedModel
+    artifact: Artifact
+    config: DistillConfig
+    bases: Bases
+    interrupt: Interrupt
+    on_progress: OnProgress | None
+    lora: Lora | None = None
+    done: dict[str, Any] = field(default_factory=dict)
+
+    def local(self, examples: Examples) -> None:
+        config = self.config
+        data = self._data(examples, config.local_batch_size, config.local_steps)
+        spent = fit_locally(
+            self.model,
+            self.bases,
+            data,
+            config,
+            interrupt=self.interrupt,
+            on_progress=self.on_progress,
+        )
+        self.done["local"] = spent.to_json()
+
+    def end_to_end(
+        self,
+        examples: Examples,
+        held_out: Examples | None,
+        arguments: TrainingArguments,
+        resume_from: Path | None,
+    ) -> None:
+        config = self.config
+        adapters = self._adapters()
+        try:
+            student = Student(
+                self.model, self.bases, config.loss_weights, adapters, window=self.window
+            )
+            data = self._data(examples, config.batch_size, arguments.max_steps)
+            trainer = DistillTrainer(student, data, config, arguments, self.done)
+            spent = train_end_to_end(
+                trainer,
+                self.interrupt,
+                resume_from=resume_from,
+                probe=self._probe(held_out),
+                on_progress=self.on_progress,
+            )
+            self.lora = adapters.export() if adapters else None
+        finally:
+            if adapters:
+                adapters.remove()
+        self.done = {**trainer.earlier, "end-to-end": spent.to_json()}
+
+    def result(self, examples: Examples, held_out: Examples | None) -> Artifact:
+        """The artifact with what was learned."""
+        maps = self.bases.export()
+        sequences = _first(held_out if held_out is not None else examples)
+        energy = measure_energy(self.model, maps, sequences)
+        bases = {
+            layer: {side: SideBases(sides[side], energy[layer, side]) for side in SIDES}
+            for layer, sides in maps.items()
+        }
+        tables = self.artifact.tables if self.config.adaptive else {}
+        made = replace(
+            self.artifact, bases=bases, tables=tables, lora=self.lora, window=self.window
+        )
+        return made.with_history(
+            "distill",
+            stages=self.done,
+            interrupted=self.interrupt.requested,
+            schedule=self._schedule().to_json(),
+            settings=self.config.to_json(),
+        )
+
+    def _adapters(self) -> Adapters | None:
+        config = self.config
+        if config.lora_rank == 0:
+            return None
+        with own_randomness(config.seed):
+            return Adapters(
+                self.model,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+            )
+
+    @property
+    def window(self) -> int:
+        return self.artifact.window if self.config.window is None else self.config.window
+
+    def _axes(self) -> tuple[Axis, ...]:
+        return rank_axes(self.artifact.geometry, self.config.rank_step)
+
+    def _schedule(self) -> Schedule:
+        tables = {budget: sizes_of(table) for budget, table in self.artifact.tables.items()}
+        return self.config.make_schedule(self._axes(), tables)
+
+    def _data(self, examples: Examples, batch_size: int, steps: int) -> TrainingSet:
+        return TrainingSet(
+            examples,
+            self._schedule(),
+            batch_size=batch_size,
+            steps=steps,
+            draw=self.config.draw,
+            seed=self.config.seed,
+        )
+
+    def _probe(self, held_out: Examples | None) -> Probe | None:
+        if held_out is None:
+            return None
+        budgets = self.config.probe_budgets
+        rungs = dict(zip(budgets, uniform_rungs(self._axes(), budgets), strict=True))
+        return Probe(collate(_first(held_out)), rungs)
+
+
+def _first(examples: Examples) -> list[dict[str, Tensor]]:
+    return [as_example(examples[index]) for index in range(min(PROBE_SEQUENCES, len(examples)))]
+
+
+@contextmanager
+def _borrowed(model: PreTrainedModel, config: DistillConfig) -> Iterator[None]:
+    """Freeze the model, and checkpoint its layers if wanted; give it back as it was."""
+    training = model.training
+    learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if config.gradient_checkpointing:
+        # The model's own switch would also make the embeddings require gradients, for good.
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            run_again: Any = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = run_again
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        model.train(training)
+        for parameter, learns in learned:
+            parameter.requires_grad_(learns)

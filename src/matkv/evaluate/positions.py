@@ -1,0 +1,104 @@
+"""The loss of a text by the position of the token in its window.
+
+Shapes: N windows, T token."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from contextlib import closing
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.records import Record
+from matkv.artifact.results import Store
+from matkv.artifact.setting import CACHE_KEYS
+from matkv.errors import DataError
+from matkv.evaluate.needles import Progress
+from matkv.hf.attach import Caches
+from matkv.hf.geometry import check_positions
+from matkv.logits import token_losses
+
+POSITIONS_KEYS = (*CACHE_KEYS, "text", "data", "window_tokens", "start", "end")
+FIRST_BUCKET = 64
+
+
+def buckets(window: int) -> list[tuple[int, int]]:
+    """[0, 64), [64, 128), [128, 256) … up to `window`, the last one cut there."""
+    edges, end = [0], FIRST_BUCKET
+    while edges[-1] < window:
+        edges.append(min(end, window))
+        end *= 2
+    return list(pairwise(edges))
+
+
+def positions(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    windows_NT: Tensor,
+    text: str,
+    caches: Caches,
+    store: Store,
+    *,
+    on_progress: Progress | None = None,
+) -> list[Record]:
+    """Perplexity of every cache by the position of the predicted token in its window.
+
+    exp of the mean loss of the tokens at `start` <= position < `end`; a window's first token is not
+    predicted. `stderr` is that of the mean loss, over windows. As `evaluate.perplexity`, it runs
+    the truncated forward pass, which equals cached decoding. `on_progress` gets the tokens done.
+
+    Raises:
+        DataError: there is no window of at least two tokens, or it exceeds the model's positions.
+        BudgetError, FingerprintError, RankError: see `attach`.
+    """
+    count, length = windows_NT.shape
+    if count == 0 or length < 2:
+        raise DataError(f"{count} windows of {length} tokens: perplexity needs one of at least 2")
+    check_positions(model, length, 0)
+    content = hashlib.sha256(windows_NT.cpu().numpy().tobytes()).hexdigest()[:12]
+    fixed = {"text": text, "data": content, "window_tokens": length}
+    ranges = buckets(length)
+    rows: list[Record] = []
+    done = 0
+    with closing(caches.attached(model, artifact)) as each:
+        for cache in each:
+            names = [{**cache, **fixed, "start": start, "end": end} for start, end in ranges]
+            found = [row for name in names if (row := store.find(name)) is not None]
+            if len(found) < len(names):
+                losses_NT = _losses(model, windows_NT, done, on_progress)
+                found = store.add([{**name, **_bucket(losses_NT, name)} for name in names])
+            rows += found
+            done += windows_NT.numel()
+            if on_progress is not None:
+                on_progress(done)
+    return rows
+
+
+@torch.inference_mode()
+def _losses(
+    model: PreTrainedModel, windows_NT: Tensor, done: int, on_progress: Progress | None
+) -> Tensor:
+    """Loss of every token by its position; NaN for the first ones.  [NT]"""
+    losses_NT = torch.full(windows_NT.shape, math.nan, dtype=torch.float64)
+    for index, window_T in enumerate(windows_NT.to(model.device)):
+        logits_TV = model(window_T[None], use_cache=False).logits[0, :-1]
+        losses_NT[index, 1:] = token_losses(logits_TV, window_T[1:]).cpu()
+        if on_progress is not None:
+            on_progress(done + (index + 1) * windows_NT.shape[1])
+    return losses_NT
+
+
+def _bucket(losses_NT: Tensor, name: Record) -> Record:
+    part_NT = losses_NT[:, max(name["start"], 1) : name["end"]]
+    means_N = part_NT.mean(1)
+    spread = float(means_N.std()) if len(means_N) > 1 else math.nan
+    return {
+        "perplexity": math.exp(float(means_N.mean())),
+        "stderr": spread / math.sqrt(len(means_N)),
+        "tokens": part_NT.numel(),
+    }

@@ -1,0 +1,127 @@
+"""Answers to prompts, with one cache or another, and side by side at several budgets.
+
+Shapes: B batch, T token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.records import Record, made
+from matkv.cache.cache import LatentCache
+from matkv.errors import MatkvError
+from matkv.hf.attach import attach, detach
+from matkv.ranks import digest_of
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+SAMPLES = "samples"
+# Rows equal in these are of the same sample.
+SAMPLE_KEYS = ("artifact", "ranks", "budget", "prompt", "max_new_tokens")
+# Knowledge, arithmetic, prose and a list: what compression breaks first differs among them.
+PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "A train leaves at 9:40 and arrives at 12:15. How long is the journey?",
+    "Write the opening of a story about a lighthouse keeper.",
+    "List three uses of a paper clip.",
+)
+BUDGETS = (1.0, 0.75, 0.5, 0.25)
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prompt: str
+) -> list[int]:
+    """Token ids of a conversation up to the answer; of `prompt` where there is no chat template."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt).input_ids)
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(str(text), add_special_tokens=False).input_ids)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    cache: Cache | None,
+    streamer: TextStreamer | None,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+) -> list[int]:
+    """Generate after `ids`, filling `cache`; returns the new tokens.
+
+    Raises:
+        MatkvError: `ids` is empty.
+    """
+    if not ids:
+        raise MatkvError("the prompt is empty: say something to the model")
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    ids_BT = torch.tensor([ids], device=model.device)
+    output_BT = model.generate(  # type: ignore[operator]
+        input_ids=ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        past_key_values=cache,
+        streamer=streamer,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
+    return [int(token) for token in output_BT[0, len(ids) :]]
+
+
+def sample_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    artifact: Artifact,
+    prompts: Sequence[str] = PROMPTS,
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    max_new_tokens: int = 96,
+) -> list[Record]:
+    """Greedy answers to every prompt, with the full cache and at every budget.
+
+    Each is a row of results, of the kind `SAMPLES`. The model is left detached.
+
+    Raises:
+        BudgetError, FingerprintError: see `attach`.
+        MatkvError: a prompt is empty.
+    """
+    tables = [None, *(artifact.table(budget) for budget in budgets)]
+    ours = digest(artifact)
+    rows = []
+    detach(model)
+    try:
+        for budget, table in zip([None, *budgets], tables, strict=True):
+            if table is not None:
+                attach(model, artifact, ranks=table)
+            for prompt in prompts:
+                ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], prompt)
+                cache = None if table is None else LatentCache(model)
+                answer = generate(
+                    model, tokenizer, ids, cache, None, max_new_tokens, temperature=0.0, seed=0
+                )
+                rows.append(
+                    {
+                        "artifact": ours,
+                        "ranks": digest_of(table),
+                        "budget": budget,
+                        "sink": 0 if table is None else artifact.sink,
+                        "window": 0 if table is None else artifact.window,
+                        "prompt": prompt,
+                        "max_new_tokens": max_new_tokens,
+                        "text": str(tokenizer.decode(answer, skip_special_tokens=True)),
+                        "made": made(),
+                    }
+                )
+    finally:
+        detach(model)
+    return rows

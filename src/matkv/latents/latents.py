@@ -1,0 +1,66 @@
+"""What a cache hands to attention: rows of latents, and the tokens that are exact.
+
+Shapes: B batch, N heads of one bucket, G KV head, T token, S sink token, K recent token, C row
+columns, F = 2 D, [key | value]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+from torch import Tensor
+
+from matkv.errors import CacheError
+from matkv.latents.layer import LayerProjection
+
+
+@dataclass
+class Latents:
+    """What the cache hands to the attention function in place of full keys and values.
+
+    `rows` holds a tensor [B N T C] per bucket of `projection`. When tokens are kept exact they are
+    in `exact`, and the rows are those of the tokens between, as far as the last query reads them.
+    `is_static`: the rows have room for later tokens, which a mask hides; only the prompt of an
+    empty cache comes without one.
+    """
+
+    projection: LayerProjection
+    rows: list[Tensor]
+    exact: Exact | None = None
+    is_static: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows[0].shape[2] if self.exact is None else self.exact.tokens
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Another attention function, of a model no longer attached, takes this for a tensor."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Tokens at full width, a row [key | value] each, heads in the model's order.
+
+    `recent_BGKF` are the last K of all `tokens`, those of this step and the window before; of them
+    a query reads the last `reach` up to its own: 1 + window, or 0 without one. `sink_BGSF` are the
+    first tokens, which `recent_BGKF` may hold as well. Sink s of a sequence is at the position
+    `start_B` + s, at s where `start_B` is None: without padding.
+    """
+
+    recent_BGKF: Tensor
+    sink_BGSF: Tensor
+    start_B: Tensor | None
+    tokens: int
+    reach: int
+
+    @property
+    def sink(self) -> int:
+        return self.sink_BGSF.shape[2]
+
+    @property
+    def first(self) -> int:
+        """Position of the first recent token."""
+        return self.tokens - self.recent_BGKF.shape[2]

@@ -1,0 +1,170 @@
+"""A layer's bases at given ranks: the matrices that its heads use.
+
+`LayerProjection` makes latents for the cache, heads sorted into buckets of equal row widths.
+
+Shapes: B batch, H query head, G KV head, N heads of one bucket, J query heads of a KV head, Q query
+position, X = J Q, T token, D head dim, C row columns, M view columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from matkv.bases.maps import Maps
+from matkv.errors import RankError
+from matkv.ranks import LayerRanks
+
+# Columns that the query and output maps have to spare, zeros, for kernels that prefer wider views.
+SPARE = 8
+# torch does elementwise work of up to so many numbers in the calling thread. A product as small as
+# that, 14 µs of work, would take 80 on a CPU's two threads: waking them costs more than they do.
+ONE_THREAD = 1 << 15
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The heads of one layer whose rows are equally wide, computed in one go.
+
+    A token's row is [key latent | value latent], `row_width` columns, nothing padded; where one
+    ends and the other starts may differ from head to head. `width` is the largest rank of them all:
+    the views row[:width] and row[-width:] take in every key and every value, and their equal widths
+    are what fast attention kernels ask for. What else they take in, the zeros of the layer's
+    `query` and `output` maps undo. `heads` are places in the layer's sorted order.
+    """
+
+    heads: slice
+    row_width: int
+    width: int
+
+
+class LayerProjection(nn.Module):
+    """All KV heads of one layer at given ranks, sorted into buckets of equal row widths once.
+
+    Buffers, heads in sorted order: `ranks` [G 2]; `encode_rows` [G 2D C] makes rows of [key|value];
+    `query` [G D M] goes with the first columns of a row, and is zero from the key rank on;
+    `output` [G M D] goes with the last columns, and is zero but for its last value-rank rows.
+    `sink` first and `window` last tokens of a sequence are kept exact.
+
+    Raises:
+        RankError: the number of ranks or a rank does not fit the maps.
+    """
+
+    order: Tensor
+    place: Tensor
+    ranks: Tensor
+    encode_rows: Tensor
+    query: Tensor
+    output: Tensor
+
+    def __init__(
+        self,
+        key: Maps,
+        value: Maps,
+        key_ranks: LayerRanks,
+        value_ranks: LayerRanks,
+        *,
+        sink: int = 0,
+        window: int = 0,
+    ) -> None:
+        super().__init__()
+        heads, dim = key.encode_GDD.shape[:2]
+        for ranks in (key_ranks, value_ranks):
+            if len(ranks) != heads or not all(0 <= rank <= dim for rank in ranks):
+                raise RankError(f"ranks {ranks} do not fit {heads} KV heads of dimension {dim}")
+        self.kv_heads, self.head_dim = heads, dim
+        self.sink, self.window = sink, window
+        self.start_B: Tensor | None = None
+        pairs = list(zip(key_ranks, value_ranks, strict=True))
+        order = sorted(range(heads), key=lambda head: sum(pairs[head]))
+        pairs = [pairs[head] for head in order]
+        self.is_sorted = order == list(range(heads))
+        self.buckets = _buckets(pairs)
+        self.highest_ranks = max(key_ranks), max(value_ranks)
+        tensors = {
+            "order": torch.tensor(order),
+            "place": torch.tensor(order).argsort(),
+            "ranks": torch.tensor(pairs, dtype=torch.int32),
+            **_row_maps(_picked(key, order), _picked(value, order), pairs),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def keeps_exact(self) -> bool:
+        """Whether some tokens keep all their coordinates."""
+        return self.sink > 0 or self.window > 0
+
+    @property
+    def width(self) -> int:
+        """M, the columns of `query` and the rows of `output`."""
+        return self.query.shape[-1]
+
+    def sort(self, x_BGXX: Tensor) -> Tensor:
+        """Put heads, dimension 1, into the order of the buckets."""
+        return x_BGXX if self.is_sorted else x_BGXX.index_select(1, self.order)
+
+    def unsort(self, x_BGXX: Tensor) -> Tensor:
+        """Inverse of `sort`."""
+        return x_BGXX if self.is_sorted else x_BGXX.index_select(1, self.place)
+
+    def encode(self, key_BGTD: Tensor, value_BGTD: Tensor) -> list[Tensor]:
+        """Rows of new tokens, a tensor [BNTC] per bucket."""
+        return self.encode_states(torch.cat((key_BGTD, value_BGTD), dim=-1))
+
+    def encode_states(self, states_BGTF: Tensor) -> list[Tensor]:
+        """`encode` of [key | value] in one tensor, F = 2D."""
+        rows_BGTC = per_head(self.sort(states_BGTF), self.encode_rows)
+        return [rows_BGTC[:, b.heads, :, : b.row_width] for b in self.buckets]
+
+    def enter(self, query_BHQD: Tensor) -> Tensor:
+        """Queries in sorted order, a group's heads as positions of their KV head.  [-> BGXD]"""
+        return self.sort(query_BHQD.unflatten(1, (self.kv_heads, -1)).flatten(2, 3))
+
+    def leave(self, out_BGXD: Tensor, queries: int) -> Tensor:
+        """Inverse of `enter`.  [-> BHQD]"""
+        out_BHQD: Tensor = self.unsort(out_BGXD).unflatten(2, (-1, queries)).flatten(1, 2)
+        return out_BHQD
+
+
+def per_head(x_BGXY: Tensor, map_GYZ: Tensor) -> Tensor:
+    """Every head times its own matrix, as one batched product.  [BGXY, GYZ -> BGXZ]"""
+    B, G, X, Y = x_BGXY.shape
+    is_small = x_BGXY.device.type == "cpu" and B * X * map_GYZ.numel() <= ONE_THREAD
+    if is_small and not torch.is_autocast_enabled("cpu"):  # which only casts matrix products
+        products_BGXYZ = x_BGXY.float()[..., None] * map_GYZ[:, None]
+        return products_BGXYZ.sum(-2).to(x_BGXY.dtype)
+    x_GXY = x_BGXY.transpose(0, 1).reshape(G, B * X, Y)
+    out_BGXZ: Tensor = torch.bmm(x_GXY, map_GYZ).unflatten(1, (B, X)).transpose(0, 1)
+    return out_BGXZ
+
+
+def _picked(maps: Maps, order: list[int]) -> Maps:
+    return Maps(maps.encode_GDD[order], maps.decode_GDD[order])
+
+
+def _buckets(pairs: list[tuple[int, int]]) -> list[Bucket]:
+    """Neighbours with the same sum of ranks."""
+    buckets, first = [], 0
+    for row_width, group in groupby(pairs, key=sum):
+        members = list(group)
+        heads = slice(first, first + len(members))
+        buckets.append(Bucket(heads, row_width, max(map(max, members))))
+        first = heads.stop
+    return buckets
+
+
+def _row_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
+    new, (G, D, _) = key.encode_GDD.new_zeros, key.encode_GDD.shape
+    C = max(map(sum, pairs))
+    M = min(C, max(map(max, pairs)) + SPARE)
+    encode_GDC, query_GDM, output_GMD = new(G, 2 * D, C), new(G, D, M), new(G, M, D)
+    for g, (r_key, r_value) in enumerate(pairs):
+        encode_GDC[g, :D, :r_key] = key.encode_GDD[g, :, :r_key]
+        encode_GDC[g, D:, r_key : r_key + r_value] = value.encode_GDD[g, :, :r_value]
+        query_GDM[g, :, :r_key] = key.decode_GDD[g, :, :r_key]
+        output_GMD[g, M - r_value :] = value.decode_GDD[g, :, :r_value].T
+    return {"encode_rows": encode_GDC, "query": query_GDM, "output": output_GMD}

@@ -1,0 +1,242 @@
+"""What the bases are: ranks kept by layer and head, spectra, and how training went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matkv.ranks import SIDES, RankTable, Side
+from matkv.report.page import Block, Cell, Missing, Section, Table, Text
+from matkv.report.paper import PAPER_BUDGET, PAPER_SHARES
+from matkv.report.pictures.figures import Axis, Line, Panel, Point, lines
+from matkv.report.pictures.maps import Fan, Map, fans, maps
+from matkv.report.pictures.theme import Picture
+from matkv.report.runs import Run, percent, slug, styles, title_of
+
+MAPS = 4
+HELD = 0.9
+ALLOCATE = "matkv allocate RUN --budget 0.75 --budget 0.5 --budget 0.375"
+DISTILL = "matkv distill RUN --config recipes/default-cpu.toml"
+
+
+# ---- ranks
+
+
+def ranks_section(runs: Sequence[Run]) -> Section:
+    """Heat maps of the stored rank tables, and what each side keeps."""
+    searched = [run for run in runs if run.artifact.tables]
+    if not searched:
+        text = "Every layer, head and side keeps the same rank; a search has not been made yet:"
+        return Section("ranks", "Ranks", [Missing(text, ALLOCATE)])
+    blocks: list[Block] = []
+    for run in searched:
+        blocks += [_rank_maps(run, runs), _shares(run, runs)]
+    return Section("ranks", "Ranks", blocks)
+
+
+def shown_budgets(tables: dict[float, RankTable]) -> list[float]:
+    """At most four budgets, spread evenly, the paper's among them."""
+    budgets = sorted(tables, reverse=True)
+    if len(budgets) <= MAPS:
+        return budgets
+    steps = [round(index * (len(budgets) - 1) / (MAPS - 1)) for index in range(MAPS)]
+    chosen = [budgets[step] for step in steps]
+    if PAPER_BUDGET in budgets and PAPER_BUDGET not in chosen:
+        chosen.remove(min(chosen, key=lambda budget: abs(budget - PAPER_BUDGET)))
+        chosen.append(PAPER_BUDGET)
+    return sorted(chosen, reverse=True)
+
+
+def _rank_maps(run: Run, runs: Sequence[Run]) -> Picture:
+    tables = run.artifact.tables
+    shown = [
+        Map(
+            title=f"{percent(budget)}\n{side}s {tables[budget].share(side):.0%}",
+            cells=_fractions(tables[budget], side),
+            rows=[str(layer) for layer in tables[budget].geometry.growing],
+        )
+        for budget in shown_budgets(tables)
+        for side in SIDES
+    ]
+    return maps(
+        slug(run, runs, "ranks"),
+        shown,
+        x="head",
+        y="layer",
+        bar="columns kept of the head dim",
+        text="Ranks of every layer and KV head, keys and values side by side, for each budget.",
+        caption=title_of(
+            run, runs, "Ranks of every layer and KV head, and what each side keeps of all."
+        ),
+    )
+
+
+def _fractions(table: RankTable, side: Side) -> list[list[float]]:
+    """Kept share of every growing layer and head; NaN where a layer has fewer heads."""
+    shapes = table.geometry.layers
+    heads = max(shapes[layer].kv_heads for layer in table.geometry.growing)
+    return [
+        [rank / shapes[layer].head_dim for rank in table.side(side)[layer]]
+        + [math.nan] * (heads - shapes[layer].kv_heads)
+        for layer in table.geometry.growing
+    ]
+
+
+def _shares(run: Run, runs: Sequence[Run]) -> Table:
+    checks = _checks(run)
+    rows = []
+    for budget, table in sorted(run.artifact.tables.items(), reverse=True):
+        check = checks.get(round(budget, 6), {})
+        cells = [Cell(percent(budget)), *(Cell(f"{table.share(side):.1%}") for side in SIDES)]
+        for name in ("kl", "uniform_kl"):
+            value = check.get(name)
+            cells.append(Cell(f"{value:.3f}" if isinstance(value, (int, float)) else "–"))
+        rows.append(cells)
+    paper = [Cell(f"{PAPER_SHARES[side]:.1%}") for side in SIDES]
+    rows.append([Cell(f"paper, LLaMA2-7B, {percent(PAPER_BUDGET)}"), *paper, Cell("–"), Cell("–")])
+    return Table(
+        header=("budget", "keys kept", "values kept", "KL, these ranks", "KL, uniform ranks"),
+        rows=rows,
+        caption=title_of(run, runs, "What keys and values keep"),
+        notes=("KL: nats a token to the full cache's predictions, on held-out text.",),
+    )
+
+
+def _checks(run: Run) -> dict[float, dict[str, Any]]:
+    """What the last search measured of its tables."""
+    for entry in reversed(run.artifact.history):
+        if entry.get("stage") == "allocate" and isinstance(entry.get("tables"), list):
+            found = [one for one in entry["tables"] if isinstance(one, dict) and "budget" in one]
+            return {round(float(one["budget"]), 6): one for one in found}
+    return {}
+
+
+# ---- spectra
+
+
+def spectra_section(runs: Sequence[Run]) -> Section:
+    """How the energy of each layer falls over its ordered columns."""
+    text = (
+        "The share of the energy, as the bases were made to order it, that lies beyond a number of "
+        "columns. A line that falls early is a layer that compresses well."
+    )
+    blocks: list[Block] = [Text(text)]
+    for run in runs:
+        blocks.append(_spectra(run, runs))
+    blocks.append(_holding(runs))
+    return Section("spectra", "Spectra", blocks)
+
+
+def _spectra(run: Run, runs: Sequence[Run]) -> Picture:
+    shown = []
+    for side in SIDES:
+        curves = []
+        for layer in run.artifact.geometry.growing:
+            energy_D = run.artifact.bases[layer][side].energy_GD.double().mean(0)
+            beyond_D = (1 - energy_D.cumsum(0) / energy_D.sum()).clamp(min=0).tolist()
+            curves.append([(i + 1.0, rest) for i, rest in enumerate(beyond_D) if rest > 1e-6])
+        shown.append(Fan(title=f"{side}s", curves=curves))
+    return fans(
+        slug(run, runs, "spectra"),
+        shown,
+        x="columns kept",
+        y="energy beyond them",
+        bar="layer",
+        text="Energy beyond the columns kept, for keys and for values, a line for each layer.",
+        caption=title_of(run, runs, "Mean over KV heads."),
+    )
+
+
+def _holding(runs: Sequence[Run]) -> Picture:
+    panels = []
+    for side in SIDES:
+        drawn = []
+        for index, run in enumerate(runs):
+            points: list[Point] = []
+            bounds: list[Point] = []
+            for layer in run.artifact.geometry.growing:
+                energy_GD = run.artifact.bases[layer][side].energy_GD.double()
+                reached_GD = energy_GD.cumsum(1) < HELD * energy_GD.sum(1, keepdim=True)
+                counts = (reached_GD.sum(1) + 1).tolist()
+                points.append((float(layer), sum(counts) / len(counts)))
+                bounds.append((min(counts), max(counts)))
+            drawn.append(Line(label=run.name, points=points, bounds=bounds, style=index))
+        panels.append(
+            Panel(
+                title=f"{side}s",
+                x=Axis(label="layer"),
+                y=Axis(label=f"columns that hold {HELD:.0%}", zero=True),
+                lines=drawn,
+            )
+        )
+    return lines(
+        "columns",
+        panels,
+        text=f"Columns that hold {HELD:.0%} of the energy, by layer, for keys and for values.",
+        caption=f"Columns that hold {HELD:.0%} of the energy: mean over KV heads; bars: from the "
+        "smallest to the largest head.",
+    )
+
+
+# ---- training
+
+
+def training_section(runs: Sequence[Run]) -> Section:
+    """Losses while the bases were trained, of every run that kept them."""
+    blocks: list[Block] = []
+    for run in runs:
+        for number, points in enumerate(training_curves(run), start=1):
+            blocks.append(_training(run, runs, number, points))
+    if not blocks:
+        trained = any(one.get("stage") == "distill" for run in runs for one in run.artifact.history)
+        text = "No curve was kept of the training:" if trained else "These bases are not trained:"
+        blocks.append(Missing(text, DISTILL))
+    return Section("training", "Training", blocks)
+
+
+def training_curves(run: Run) -> list[list[dict[str, Any]]]:
+    """The points of every end-to-end stage of a run's history that kept some."""
+    found = []
+    for entry in run.artifact.history:
+        stages = entry.get("stages")
+        for stage in stages.values() if isinstance(stages, dict) else ():
+            curve = stage.get("curve") if isinstance(stage, dict) else None
+            points = [point for point in curve or () if isinstance(point, dict)]
+            if points:
+                found.append(points)
+    return found
+
+
+def _training(run: Run, runs: Sequence[Run], count: int, points: list[dict[str, Any]]) -> Picture:
+    looks = styles(runs)
+    steps = [(_at(p), p["loss"]) for p in points if isinstance(p.get("loss"), (int, float))]
+    probes: dict[float, list[Point]] = {}
+    for point in points:
+        for budget, loss in (point.get("probes") or {}).items():
+            probes.setdefault(float(budget), []).append((_at(point), float(loss)))
+    x = Axis(label="tokens seen" if "tokens" in points[0] else "step")
+    y = Axis(label="nats a token", log=True)
+    held_out = [
+        Line(
+            label=percent(budget),
+            points=its,
+            style=looks.get(budget, len(looks) + order),
+        )
+        for order, (budget, its) in enumerate(sorted(probes.items(), reverse=True))
+    ]
+    panels = [Panel(title="held-out text, by budget", x=x, y=y, lines=held_out)] if held_out else []
+    if steps:
+        loss = Line(label="training loss", points=steps, style=6, plain=True)
+        panels.append(Panel(title="training, mean of the steps between", x=x, y=y, lines=[loss]))
+    name = "training" if count == 1 else f"training-{count}"
+    return lines(
+        slug(run, runs, name),
+        panels,
+        text="Loss while training: on held-out text at several budgets, and of the steps.",
+        caption=title_of(run, runs, "Loss of the training's own objective, in nats a token."),
+    )
+
+
+def _at(point: dict[str, Any]) -> float:
+    return float(point.get("tokens", point.get("step", 0)))

@@ -1,0 +1,136 @@
+"""What the reader should know first: which budget gives what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matkv.artifact.records import Record
+from matkv.report.page import Headline, Tile
+from matkv.report.runs import Run, having, line_name, number, percent
+from matkv.report.sections.accuracy import full_of, retention, scores, task_names
+from matkv.report.sections.made import stale_note
+from matkv.report.sections.quality import Curve, curves, full_row, kept, sources, text_name
+
+# A loss that many users accept without looking twice: the smallest budget within it leads.
+TOLERANCE = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The budget that leads the report: its row, its curve, and the full cache's row."""
+
+    row: Record
+    curve: Curve
+    full: Record
+
+    @property
+    def factor(self) -> float:
+        return (number(self.row, "perplexity") or 0.0) / (number(self.full, "perplexity") or 1.0)
+
+
+def choose(runs: Sequence[Run]) -> Choice | None:
+    """The smallest budget within the tolerance, or else the one that loses least.
+
+    Of several runs at that budget the one with the lowest perplexity; exact tokens count only where
+    there is nothing else, since their bytes are not in a share.
+    """
+    for source in sources(runs)[:1]:
+        full = full_row(runs, source)
+        if full is None:
+            return None
+        found = [
+            Choice(row=row, curve=curve, full=full)
+            for curve in curves(runs, source)
+            for row in curve.rows
+            if kept(row) < 1
+        ]
+        plain = [one for one in found if not one.curve.way.sink and not one.curve.way.window]
+        fine = [one for one in plain or found if one.factor <= TOLERANCE]
+        if fine:
+            return min(fine, key=lambda one: (round(kept(one.row), 4), one.factor))
+        return min(plain or found, key=lambda one: one.factor, default=None)
+    return None
+
+
+def headline(runs: Sequence[Run]) -> Headline:
+    """One sentence and a few numbers, computed from the rows."""
+    model, choice = runs[0].model, choose(runs)
+    notes = [note for run in runs if (note := stale_note(run)) is not None]
+    title = f"{model}: the KV cache at every budget"
+    if choice is None:
+        shape = runs[0].artifact.geometry
+        sentence = (
+            f"Bases for {len(shape.growing)} layers of {model}. Nothing was measured of them yet: "
+            "each section names the command that fills it."
+        )
+        return Headline(title=title, sentence=sentence, notes=notes)
+    return Headline(
+        title=title, sentence=_sentence(runs, choice), tiles=_tiles(runs, choice), notes=notes
+    )
+
+
+def _name(runs: Sequence[Run], choice: Choice) -> str:
+    parts = [choice.curve.run.name if len(runs) > 1 else "", str(choice.curve.way)]
+    return ", ".join(part for part in parts if part)
+
+
+def _sentence(runs: Sequence[Run], choice: Choice) -> str:
+    before, after = (number(row, "perplexity") or 0.0 for row in (choice.full, choice.row))
+    which = _name(runs, choice)
+    with_ = f" ({which})" if which else ""
+    text = (
+        f"With {percent(kept(choice.row))} of the cache's bytes{with_}, perplexity on "
+        f"{text_name(choice.row)} goes from {before:,.2f} to {after:,.2f}, "
+        f"{choice.factor - 1:+.1%}"
+    )
+    accuracy = _accuracy(runs, choice)
+    if accuracy is not None:
+        share, tasks = accuracy
+        names = f"{tasks} tasks" if tasks > 1 else "one task"
+        text += f", and {share:.1%} of the average accuracy over {names} is kept"
+    if choice.factor > TOLERANCE:
+        text += f". No measured budget stays within {TOLERANCE - 1:.0%} of the full cache"
+    return text + "."
+
+
+def _accuracy(runs: Sequence[Run], choice: Choice) -> tuple[float, int] | None:
+    tasks, found = task_names(runs), scores(runs)
+    full, budget = full_of(found), number(choice.row, "budget")
+    name = line_name(choice.curve.run, runs, choice.curve.way)
+    ours = next((one for one in found if (one.run, one.budget) == (name, budget)), None)
+    if ours is None or full is None:
+        return None
+    share = retention(ours.average(tasks), full.average(tasks))
+    return None if share is None else (share, len(tasks))
+
+
+def _tiles(runs: Sequence[Run], choice: Choice) -> list[Tile]:
+    tiles = []
+    sizes = [number(row, "bytes_per_token") for row in (choice.full, choice.row)]
+    if sizes[0] and sizes[1]:
+        note = f"of cache, {sizes[0]:,.0f} before"
+        tiles.append(Tile("bytes a token", f"{sizes[1]:,.0f}", note))
+    before, after = (number(row, "perplexity") or 0.0 for row in (choice.full, choice.row))
+    tiles.append(Tile("perplexity", f"{after:,.2f}", f"{before:,.2f} with the full cache"))
+    accuracy = _accuracy(runs, choice)
+    if accuracy is not None:
+        tiles.append(Tile("accuracy kept", f"{accuracy[0]:.1%}", f"average of {accuracy[1]} tasks"))
+    speed = _speed(choice)
+    if speed is not None:
+        context, factor = speed
+        tiles.append(
+            Tile("decoding", f"{factor:.2f}×", f"DynamicCache's speed at {context:,.0f} tokens")
+        )
+    return tiles
+
+
+def _speed(choice: Choice) -> tuple[float, float] | None:
+    """Speedup over DynamicCache at the longest context that was timed with this budget."""
+    budget = number(choice.row, "budget")
+    rows = having(choice.curve.run.rows["benchmark"], "context", "speedup", "budget")
+    rows = [row for row in rows if number(row, "budget") == budget]
+    last = max(rows, key=lambda row: number(row, "context") or 0.0, default=None)
+    if last is None:
+        return None
+    return number(last, "context") or 0.0, number(last, "speedup") or 0.0

@@ -1,0 +1,195 @@
+"""The distillation loss and the student, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import matkv
+from lessons import quick, text
+from matkv.artifact.artifact import Artifact
+from matkv.distill.bases import Bases, rank_axes, sizes_of
+from matkv.distill.config import DistillConfig
+from matkv.distill.examples import collate
+from matkv.distill.losses import LossWeights, distillation_loss
+from matkv.distill.student import Student
+from matkv.errors import UnsupportedModelError
+from matkv.ranks import SIDES, RankTable
+from matkv.schedule import Independent, uniform_rungs
+from tiny import Tiny
+
+
+def student_of(tiny: Tiny, **weights: float) -> Student:
+    return Student(tiny.model, Bases(tiny.artifact, "cayley"), LossWeights(**weights))
+
+
+def batch_for(student: Student, tiny: Tiny, draws: int = 1) -> dict[str, Tensor]:
+    axes = rank_axes(tiny.artifact.geometry)
+    source = torch.Generator().manual_seed(3)
+    items = []
+    for ids_T in text(3):
+        sizes = [Independent(axes).draw(0, source)[0] for _ in range(draws)]
+        items.append({"input_ids": ids_T, "labels": ids_T, "sizes": torch.tensor(sizes)})
+    return collate(items)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        LossWeights(),
+        LossWeights(kl=0.25, ce=0.75),
+        LossWeights(temperature=2.0),
+        LossWeights(kl=0.0, ce=1.0),
+        LossWeights(kl=1.0, ce=0.5, temperature=0.5),
+    ],
+    ids=str,
+)
+def test_chunks_give_the_loss_and_gradient_of_the_formula(weights: LossWeights) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(8, 30).requires_grad_(False)
+    hidden_KNM = torch.randn(2, 11, 8, requires_grad=True)
+    teacher_NM, label_N = torch.randn(11, 8), torch.randint(0, 30, (11,))
+    tau = weights.temperature
+    teacher_NV = head(teacher_NM).div(tau).log_softmax(-1)
+    expected = []
+    for hidden_NM in hidden_KNM:
+        student_NV = head(hidden_NM)
+        kl = F.kl_div(
+            (student_NV / tau).log_softmax(-1), teacher_NV, reduction="sum", log_target=True
+        )
+        ce = F.cross_entropy(student_NV, label_N, reduction="sum")
+        expected.append(weights.kl * tau**2 * kl + weights.ce * ce)
+    (wanted,) = torch.autograd.grad(expected[0] + 3 * expected[1], hidden_KNM)
+    for chunk in (1, 4, 100):
+        loss_K = distillation_loss(head, hidden_KNM, teacher_NM, label_N, weights, chunk=chunk)
+        torch.testing.assert_close(loss_K, torch.stack(expected), rtol=1e-4, atol=1e-4)
+        (grad,) = torch.autograd.grad(loss_K[0] + 3 * loss_K[1], hidden_KNM)
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_like_its_teacher_has_no_divergence() -> None:
+    hidden_NM = torch.randn(5, 8)
+    loss_K = distillation_loss(
+        nn.Linear(8, 30), hidden_NM[None], hidden_NM, torch.zeros(5).long(), LossWeights(), chunk=2
+    )
+    assert abs(float(loss_K)) < 1e-5
+
+
+# ---- the student
+
+
+def test_the_student_attends_as_the_attached_model_does(family: Tiny) -> None:
+    """At random ranks, before training, on every kind of model."""
+    model, artifact = family.model, family.artifact
+    axes = rank_axes(artifact.geometry)
+    sizes = Independent(axes).draw(0, torch.Generator().manual_seed(0))[0]
+    table = replace_ranks(artifact, sizes)
+    assert sizes_of(table) == sizes
+    ids_BT = text(2, 12)
+    matkv.attach(model, artifact, ranks=table)
+    with torch.no_grad():
+        expected = model(ids_BT, use_cache=False).logits
+    matkv.detach(model)
+    student = Student(model, Bases(artifact, "cayley"), LossWeights())
+    with student.attending(), torch.no_grad():
+        student._project(student.bases(torch.tensor([sizes])))
+        found = model(ids_BT, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_student_keeps_as_many_tokens_exact_as_the_cache(llama: Tiny) -> None:
+    model, artifact = llama.model, llama.artifact
+    table, ids_BT = llama.ragged(), text(2, 24)
+    matkv.attach(model, artifact, ranks=table, window=5)
+    with torch.no_grad():
+        expected = model(ids_BT, use_cache=False).logits
+    matkv.detach(model)
+    student = Student(model, Bases(artifact, "cayley"), LossWeights(), window=5)
+    with student.attending(), torch.no_grad():
+        student._project(student.bases(torch.tensor([sizes_of(table)])))
+        found = model(ids_BT, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def replace_ranks(artifact: Artifact, sizes: tuple[int, ...]) -> RankTable:
+    full = RankTable.full(artifact.geometry)
+    ranks: dict[str, Any] = {side: [list(row) for row in full.side(side)] for side in SIDES}
+    for (layer, side, head, _), size in zip(full.growing_ranks(), sizes, strict=True):
+        ranks[side][layer][head] = size
+    return RankTable.from_json(artifact.geometry, ranks)
+
+
+def test_at_full_rank_the_untrained_student_is_the_teacher(llama: Tiny) -> None:
+    student = student_of(llama)
+    batch = batch_for(student, llama)
+    axes = rank_axes(llama.artifact.geometry)
+    batch["sizes"] = torch.tensor(uniform_rungs(axes, (1.0,))).expand(3, 1, -1)
+    with student.attending():
+        assert abs(float(student(**batch)["loss"].detach())) < 1e-5
+
+
+def test_draws_of_one_batch_are_the_mean_of_draws_apart(llama: Tiny) -> None:
+    student = student_of(llama)
+    batch = batch_for(student, llama, draws=3)
+    with student.attending():
+        together = float(student(**batch)["loss"].detach())
+        apart = [
+            float(student(**batch | {"sizes": batch["sizes"][:, [k]]})["loss"].detach())
+            for k in range(3)
+        ]
+    assert together == pytest.approx(sum(apart) / 3, rel=1e-5)
+
+
+def test_padding_and_ignored_labels_change_nothing(llama: Tiny) -> None:
+    student = student_of(llama)
+    batch = batch_for(student, llama)
+    batch["labels"] = batch["labels"].masked_fill(torch.arange(16) < 5, -100)
+    longer = {
+        "input_ids": F.pad(batch["input_ids"], (0, 4), value=7),
+        "labels": F.pad(batch["labels"], (0, 4), value=-100),
+        "attention_mask": F.pad(torch.ones(3, 16).long(), (0, 4)),
+        "sizes": batch["sizes"],
+    }
+    with student.attending():
+        expected, found = student(**batch)["loss"], student(**longer)["loss"]
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def gradients(tiny: Tiny, config: DistillConfig) -> list[Tensor]:
+    from matkv.distill.stage import _borrowed
+
+    student = student_of(tiny).train()
+    with _borrowed(tiny.model, config), student.attending():
+        student.train()
+        student(**batch_for(student, tiny, draws=2))["loss"].backward()
+    return [
+        parameter.grad for parameter in student.bases.parameters() if parameter.grad is not None
+    ]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(llama: Tiny) -> None:
+    plain = gradients(llama, quick())
+    saved = gradients(llama, quick(gradient_checkpointing=True))
+    assert plain
+    for ours, theirs in zip(plain, saved, strict=True):
+        assert float(ours.abs().max()) > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_a_model_that_scales_its_logits_is_refused(llama: Tiny) -> None:
+    model = copy.deepcopy(llama.model)
+    plain = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+
+    model.forward = scaled
+    with pytest.raises(UnsupportedModelError, match="scales or caps its logits"):
+        Student(model, Bases(llama.artifact, "cayley"), LossWeights())
