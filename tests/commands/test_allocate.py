@@ -12,7 +12,6 @@ import pytest
 
 from matkv.allocate.rounds import Progress
 from matkv.artifact.artifact import Artifact
-from matkv.commands import tables as console
 from program import Program, Word
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -36,7 +35,7 @@ def interrupt_after(rounds: int, patch: pytest.MonkeyPatch) -> None:
 
         yield update
 
-    patch.setattr(console, "search_progress", line)
+    patch.setattr("matkv.commands.allocate.search_progress", line)
 
 
 def state_of(run: Path) -> Path:
@@ -144,7 +143,7 @@ def follow(seen: list[int], patch: pytest.MonkeyPatch) -> None:
     def line() -> Iterator[Callable[[Progress], None]]:
         yield lambda at: seen.append(at.rounds)
 
-    patch.setattr(console, "search_progress", line)
+    patch.setattr("matkv.commands.allocate.search_progress", line)
 
 
 def test_the_state_of_another_search_is_refused(

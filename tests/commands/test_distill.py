@@ -15,7 +15,6 @@ import torch
 
 from lessons import same_bases
 from matkv.artifact.artifact import Artifact
-from matkv.commands import tables as console
 from matkv.progress import Progress
 from program import Program, Word
 
@@ -53,7 +52,7 @@ def press_at(step: int, patch: pytest.MonkeyPatch, stage: str = "end-to-end") ->
 
         yield update
 
-    patch.setattr(console, "training_progress", line)
+    patch.setattr("matkv.commands.distill.training_progress", line)
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -226,7 +225,7 @@ def test_progress_and_losses_are_numbers(
     def line() -> Iterator[Callable[[Progress], None]]:
         yield seen.append
 
-    monkeypatch.setattr(console, "training_progress", line)
+    monkeypatch.setattr("matkv.commands.distill.training_progress", line)
     assert matkv(*asked).code == 0
     assert [at.step for at in seen] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(at.loss) and at.loss > 0 for at in seen)

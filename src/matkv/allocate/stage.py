@@ -1,6 +1,6 @@
 """Allocate: the right rank for every layer, KV head and side, for a whole curve of budgets at once.
 
-Every method makes one path of drops from full rank downwards (see descent.py); the table of a budget
+Every method makes one path of drops from full rank downwards (descent.py); the table of a budget
 is the first on the path that holds it, so that tables are nested.
 
 fisher    expand the KL around the ranks of the moment (see fisher.py), take the cheapest

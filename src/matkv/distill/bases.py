@@ -6,6 +6,8 @@ G KV head, D head dim.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,6 @@ from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import gated
 from matkv.bases.learned import LearnedMaps, Parametrization
 from matkv.bases.maps import Maps
-from matkv.distill.student import digest
 from matkv.ranks import SIDES, Geometry, RankTable, Side
 from matkv.schedule import Axis, Sizes
 
@@ -57,7 +58,7 @@ class Bases(nn.Module):
                 group.append(maps)
                 first += heads
         stacks = {dim: _stack(maps) for dim, maps in found.items()}
-        self.start = digest(stacks)  # names what is learned from
+        self.start = _digest(stacks)  # names what is learned from
         self.groups = nn.ModuleDict({dim: LearnedMaps(maps, kind) for dim, maps in stacks.items()})
 
     def forward(self, sizes_BX: Tensor) -> dict[tuple[int, Side], Tensor]:
@@ -97,3 +98,11 @@ def _pick(maps: Maps, rows: slice) -> Maps:
     if maps.is_orthogonal:
         return Maps.orthogonal(maps.encode_GDD[rows].clone())
     return Maps(maps.encode_GDD[rows].clone(), maps.decode_GDD[rows].clone())
+
+
+def _digest(stacks: dict[str, Maps]) -> str:
+    total = hashlib.sha256()
+    for maps in stacks.values():
+        for map_XDD in (maps.encode_GDD, maps.decode_GDD):
+            total.update(map_XDD.detach().cpu().float().contiguous().numpy().tobytes())
+    return total.hexdigest()

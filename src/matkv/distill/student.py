@@ -11,7 +11,6 @@ T token, N position that counts, M model dim.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from matkv.bases.gates import Projected
-from matkv.bases.maps import Maps
 from matkv.data.chats import IGNORED
 from matkv.distill.adapters import Adapters
 from matkv.distill.bases import Bases
@@ -28,14 +26,6 @@ from matkv.distill.losses import LossWeights, chunk_size, distillation_loss
 from matkv.errors import UnsupportedModelError
 from matkv.hf.function import handled
 from matkv.ranks import Side
-
-
-def digest(stacks: dict[str, Maps]) -> str:
-    total = hashlib.sha256()
-    for maps in stacks.values():
-        for map_XDD in (maps.encode_GDD, maps.decode_GDD):
-            total.update(map_XDD.detach().cpu().float().contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 class Student(nn.Module):

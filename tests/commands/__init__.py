@@ -1,1 +1,0 @@
-"""Tests of the commands, one file a command."""
