@@ -64,7 +64,7 @@ VARIANTS = (
     Variant("from query/pca", start="query/pca"),
     Variant("from the identity", start="identity"),
     Variant("local stage", {"objective": "local"}),
-    Variant("window of 32 exact tokens", {"window": 32}),
+    Variant("recent of 32 exact tokens", {"recent": 32}),
     Variant("LoRA of rank 16", {"lora_rank": 16}),
 )
 

@@ -16,7 +16,7 @@ from matkv.hf.observe import collect_moments
 from matkv.models.load import load_model
 
 BUDGETS = (0.75, 0.5, 0.375)
-EXACT = ((4, 0), (0, 32), (0, 128), (4, 32))  # (sink, window)
+EXACT = ((4, 0), (0, 32), (0, 128), (4, 32))  # (sink, recent)
 
 
 def main() -> None:
@@ -34,16 +34,16 @@ def main() -> None:
     trials = [(key, value, 0, 0) for key in KEY_BASES for value in VALUE_BASES]
     trials += [("pca", "pca", *exact) for exact in EXACT[:1]]
     trials += [("query", "output", *exact) for exact in EXACT]
-    print("| keys | values | sink | window | " + " | ".join(f"{b:.1%}" for b in BUDGETS) + " |")
+    print("| keys | values | sink | recent | " + " | ".join(f"{b:.1%}" for b in BUDGETS) + " |")
     print("|---|---|---|---|" + "---|" * len(BUDGETS))
-    for index, (key, value, sink, window) in enumerate(trials):
+    for index, (key, value, sink, recent) in enumerate(trials):
         config = CalibrateConfig(key=key, value=value)  # type: ignore[arg-type]
         artifact = artifact_from(model, layers, config, tokens=tokens)
         rows = evaluate(
-            model, artifact, scored_NT, BUDGETS, sink=sink, window=window, full_cache=index == 0
+            model, artifact, scored_NT, BUDGETS, sink=sink, recent=recent, full_cache=index == 0
         )
         cells = " | ".join(f"{row.perplexity:.1f}" for row in rows if row.budget is not None)
-        print(f"| {key} | {value} | {sink} | {window} | {cells} |", flush=True)
+        print(f"| {key} | {value} | {sink} | {recent} | {cells} |", flush=True)
         if index == 0:
             print(f"| full cache | | | | {rows[0].perplexity:.2f} ± {rows[0].stderr:.1%} | | |")
 

@@ -35,7 +35,7 @@ def candidates(
         for recent in recents:
             copied = twin(plain, share_weights=artifact.lora is None)
             name = f"budget {budget:6.1%} recent {recent:4}"
-            models[name] = attach(copied, artifact, budget, window=recent)
+            models[name] = attach(copied, artifact, budget, recent=recent)
     return models
 
 

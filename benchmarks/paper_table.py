@@ -3,7 +3,7 @@
     for RUN in pca calibrated distilled; do
         matkv evaluate $RUN --budget 1 --budget 0.875 ... --budget 0.25 --uniform \
             --tasks arc_challenge,arc_easy,piqa,winogrande,commonsense_qa --limit N --tasks-dir DIR
-        matkv evaluate $RUN --budget ... --uniform --text wikitext2-test.txt --window 1024
+        matkv evaluate $RUN --budget ... --uniform --text wikitext2-test.txt --length 1024
     done
     python benchmarks/paper_table.py pca calibrated distilled --uniform
 
@@ -25,12 +25,12 @@ from matkv.ranks import digest_of
 
 
 def rows_of(run: Path, kind: str, uniform: bool) -> list[Record]:
-    """The rows of this artifact's own bases, ranks and window, and of the full cache."""
+    """The rows of this artifact's own bases, ranks and recent, and of the full cache."""
     artifact = Artifact.load(run)
-    mine, windows = digest(artifact), (None, artifact.window)
+    mine, windows = digest(artifact), (None, artifact.recent)
 
     def fits(row: Record) -> bool:
-        if row["artifact"] != mine or row["window"] not in windows:
+        if row["artifact"] != mine or row["recent"] not in windows:
             return False
         if row["budget"] is None:
             return True

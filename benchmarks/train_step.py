@@ -1,6 +1,6 @@
 """Time of a distillation step over its ideal, and the peak memory of both.
 
-    python benchmarks/train_step.py [--batch 2] [--length 1024] [--window 0 32] [--rounds 5]
+    python benchmarks/train_step.py [--batch 2] [--length 1024] [--recent 0 32] [--rounds 5]
 
 The ideal is the teacher's forward pass and the student's forward and backward with the projections
 off: the same loss, and a gradient that passes through every layer. Both take turns.
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--window", type=int, nargs="+", default=[0, 32])
+    parser.add_argument("--recent", type=int, nargs="+", default=[0, 32])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     model, tokenizer = load_model("smollm2-135m")
@@ -53,8 +53,8 @@ def main() -> None:
         return time.perf_counter() - started
 
     embeddings = model.get_input_embeddings()
-    for window in options.window:
-        student = Student(model, bases, LossWeights(), window=window).train()
+    for recent in options.recent:
+        student = Student(model, bases, LossWeights(), recent=recent).train()
         ideal = Ideal(model, bases, LossWeights()).train()
         ratios, steps = [], []
         for index in range(options.rounds + 1):
@@ -67,7 +67,7 @@ def main() -> None:
                 steps.append(ours)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"window {window}: {statistics.median(steps):.2f} s a step, "
+            f"recent {recent}: {statistics.median(steps):.2f} s a step, "
             f"{statistics.median(ratios):.3f} of the ideal "
             f"[{min(ratios):.3f} {max(ratios):.3f}], peak so far {peak:.2f} GiB"
         )

@@ -34,7 +34,7 @@ def attend_explicit(
         recent_BK = torch.arange(exact.first, exact.tokens)[None]
 
         def near(place_BT: Tensor) -> Tensor:
-            """In the window and no sink."""
+            """In the recent and no sink."""
             distance_BQT = position_Q - place_BT[:, None]
             is_sink_BT = place_BT < start_B[:, None] + sink
             return (distance_BQT >= 0) & (distance_BQT < exact.reach) & ~is_sink_BT[:, None]

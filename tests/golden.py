@@ -76,7 +76,7 @@ class _Run:
         configs = {
             "query and output": CalibrateConfig(),
             "pca": CalibrateConfig(key="pca", value="pca", skip_first=2),
-            "with exact tokens": CalibrateConfig(sink=2, window=4),
+            "with exact tokens": CalibrateConfig(sink=2, recent=4),
         }
         made = {name: calibrate(self.model, batches, config) for name, config in configs.items()}
         self.start = made["query and output"]

@@ -104,7 +104,7 @@ def named(artifact: Artifact, budget: float | None, *, uniform: bool = False) ->
         "ranks": digest_of(table),
         "budget": budget,
         "sink": 0,
-        "window": 0,
+        "recent": 0,
         "dtype": "bfloat16",
     }
 

@@ -119,12 +119,12 @@ def test_moments_are_fp32_whatever_the_model_is(llama: Tiny) -> None:
 @pytest.mark.parametrize("key", ["pca", "query"])
 @pytest.mark.parametrize("value", ["pca", "output"])
 def test_the_artifact_says_how_it_was_made(llama: Tiny, key: Any, value: Any) -> None:
-    config = CalibrateConfig(key=key, value=value, skip_first=1, sink=2, window=5)
+    config = CalibrateConfig(key=key, value=value, skip_first=1, sink=2, recent=5)
     artifact = matkv.calibrate(llama.model, [tokens(2, 20)], config)
     assert artifact.geometry == llama.geometry
-    settings = {"key": key, "value": value, "skip_first": 1, "sink": 2, "window": 5}
+    settings = {"key": key, "value": value, "skip_first": 1, "sink": 2, "recent": 5}
     assert artifact.history == ({"stage": "calibrate", **settings, "tokens": 38},)
-    assert (artifact.sink, artifact.window) == (2, 5)
+    assert (artifact.sink, artifact.recent) == (2, 5)
     for layer in artifact.bases:
         for side in SIDES:
             energy_GD = artifact.bases[layer][side].energy_GD
@@ -195,7 +195,7 @@ def test_an_attached_model_is_refused(llama: Tiny) -> None:
         ({"key": "svd"}, "key basis 'svd' must be one of pca, query"),
         ({"value": "svd"}, "value basis 'svd' must be one of pca, output"),
         ({"skip_first": -1}, "skip_first -1 must be 0 or more"),
-        ({"window": -2}, "window -2 must be 0 or more"),
+        ({"recent": -2}, "recent -2 must be 0 or more"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:

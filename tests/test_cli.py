@@ -38,7 +38,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 def calibrate(folder: Path, out: Path) -> list[str]:
-    source = ["--text", str(folder / "text.txt"), "--window", "64", "--tokens", "512"]
+    source = ["--text", str(folder / "text.txt"), "--length", "64", "--tokens", "512"]
     return ["calibrate", str(folder / "model"), "-o", str(out), *source]
 
 
@@ -73,7 +73,7 @@ def test_calibrate_writes_an_artifact(run: Path, folder: Path) -> None:
 
 
 def test_evaluate_prints_rows_as_json(run: Path, folder: Path, tools: Call) -> None:
-    text = ["--text", str(folder / "text.txt"), "--window", "32", "--tokens", "64"]
+    text = ["--text", str(folder / "text.txt"), "--length", "32", "--tokens", "64"]
     budgets = ["--budget", "1.0", "--budget", "0.5"]
     code, out, _ = call(*tools, "evaluate", str(run), *budgets, *text, "--json")
     rows = json.loads(out)["rows"]
@@ -86,7 +86,7 @@ def test_evaluate_prints_rows_as_json(run: Path, folder: Path, tools: Call) -> N
 
 
 def test_evaluate_prints_a_table(run: Path, folder: Path, tools: Call) -> None:
-    text = ["--text", str(folder / "text.txt"), "--window", "32", "--tokens", "64"]
+    text = ["--text", str(folder / "text.txt"), "--length", "32", "--tokens", "64"]
     code, out, _ = call(*tools, "evaluate", str(run), "--budget", "0.25", *text)
     assert code == 0
     assert "full cache" in out
@@ -161,7 +161,7 @@ BAD = {
     "empty prompt": (["generate", "{run}", "", "--raw"], "prompt is empty"),
     "unknown option": (["evaluate", "{run}", "--bugdet", "1"], "No such option"),
     "foreign output": (
-        ["calibrate", "{model}", "-o", "{model}", "--text", "{text}", "--window", "64"],
+        ["calibrate", "{model}", "-o", "{model}", "--text", "{text}", "--length", "64"],
         "is not an artifact",
     ),
 }
@@ -223,7 +223,7 @@ def test_long_contexts_as_a_table(run: Path, tools: Call) -> None:
 
 
 def test_positions_as_a_table_and_as_json(run: Path, folder: Path, tools: Call) -> None:
-    text = ["--text", str(folder / "text.txt"), "--window", "96", "--tokens", "288"]
+    text = ["--text", str(folder / "text.txt"), "--length", "96", "--tokens", "288"]
     asked = ["evaluate", str(run), "--budget", "0.5", "--by-position", *text]
     code, out, err = call(*tools, *asked)
     assert code == 0, err

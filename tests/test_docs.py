@@ -160,7 +160,7 @@ def test_the_artifact_page_lists_all_fields_of_a_row(desk: Path) -> None:
     placed = positions(model, artifact, windows, "a.txt", caches, store)[-1]
     for kind, fields in ((texts.KIND, row), (needles.POSITIONS, placed)):
         (line,) = re.findall(rf"(?m)^\| `{kind}` \|.*$", page)
-        for name in set(fields) - {"artifact", "ranks", "budget", "sink", "window", "dtype"}:
+        for name in set(fields) - {"artifact", "ranks", "budget", "sink", "recent", "dtype"}:
             assert name == "made" or f"`{name}`" in line, f"{kind}: {name}"
 
 

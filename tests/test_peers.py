@@ -102,10 +102,10 @@ def test_ranks_and_windows_cost_their_bytes(
     llama: Tiny, windows: torch.Tensor, exact_prefill: bool
 ) -> None:
     table = RankTable.uniform(llama.geometry, 0.5)
-    exact = ours.Exact(window=4)
+    exact = ours.Exact(recent=4)
     method = ours.Latent(llama.artifact, table, exact=exact, exact_prefill=exact_prefill)
     row = score(llama.model, windows, PROTOCOL, method)
-    expected = sum(table.nbytes(n, torch.float32, window=4) for n in (25, 30, 31)) / (25 + 30 + 31)
+    expected = sum(table.nbytes(n, torch.float32, recent=4) for n in (25, 30, 31)) / (25 + 30 + 31)
     assert row["bytes_per_token"] == pytest.approx(expected)
     assert row["resident_bytes_per_token"] >= row["bytes_per_token"]
 
@@ -162,7 +162,7 @@ def test_fine_codes_score_as_the_latents_themselves(
     assert coded["fixed_bytes"] == latents["fixed_bytes"]
 
 
-EXACT = [ours.Exact(window=6), ours.Exact(sink=3, window=6), ours.Exact(window=32)]
+EXACT = [ours.Exact(recent=6), ours.Exact(sink=3, recent=6), ours.Exact(recent=32)]
 
 
 @pytest.mark.parametrize("exact", EXACT, ids=lambda exact: str(exact)[2:])
@@ -193,7 +193,7 @@ def test_without_quantization_exact_tokens_are_matkvs_own(
 def test_exact_tokens_pay_for_full_width_and_codes_for_the_others(
     llama: Tiny, windows: torch.Tensor
 ) -> None:
-    table, codes, exact = llama.ragged(), ours.Codes(bits=4), ours.Exact(sink=3, window=6)
+    table, codes, exact = llama.ragged(), ours.Codes(bits=4), ours.Exact(sink=3, recent=6)
     method = ours.LatentCodes(llama.artifact, table, codes, exact)
     row = score(llama.model, windows, PROTOCOL, method)
     a_token = sum(codes.nbytes(rank) for *_, rank in table.growing_ranks())
@@ -211,13 +211,13 @@ def test_what_an_artifact_stores_is_used_only_where_a_row_names_it(llama: Tiny) 
         (0, 32): ("", "last 32", "last 128"),
         (4, 32): ("", "last 32", "last 128", "first 4 and last 32"),
     }
-    for (sink, window), wanted in settings.items():
-        artifact = replace(llama.artifact, sink=sink, window=window)
+    for (sink, recent), wanted in settings.items():
+        artifact = replace(llama.artifact, sink=sink, recent=recent)
         used: dict[str, tuple[int, int]] = {}
         for one in of_artifact("run", artifact, (0.5,)):
             with one.build().applied(llama.model) as model:
                 projections = attached_projections(model).values()
-                ((its_sink, its_window),) = {(p.sink, p.window) for p in projections}
+                ((its_sink, its_window),) = {(p.sink, p.recent) for p in projections}
             if not one.setting.endswith("exact prefill"):
                 used[one.setting.partition("uniform")[2]] = its_sink, its_window
             else:
@@ -231,14 +231,14 @@ def test_what_an_artifact_stores_is_used_only_where_a_row_names_it(llama: Tiny) 
 def test_rows_of_latents_do_not_depend_on_what_an_artifact_stores(
     llama: Tiny, windows: torch.Tensor
 ) -> None:
-    stored = replace(llama.artifact, window=32)
+    stored = replace(llama.artifact, recent=32)
     rows = {
-        window: {
+        recent: {
             one.name: attempt(one, llama.model, windows[:1], PROTOCOL)
             for one in of_latents("run", artifact, (0.5,))
             if "50" in one.name
         }
-        for window, artifact in ((0, llama.artifact), (32, stored))
+        for recent, artifact in ((0, llama.artifact), (32, stored))
     }
     assert [name.partition(" run ")[2] for name in rows[32]] == [
         "50.0% uniform",

@@ -140,7 +140,7 @@ def test_exact_tokens_cost_their_full_width() -> None:
     table = RankTable.uniform(PLAIN, 0.25)
     dropped = 3 * 2 * 2 * 12 * 4
     plain = table.nbytes(10, torch.float32)
-    assert table.nbytes(10, torch.float32, sink=2, window=3) == plain + 5 * dropped
+    assert table.nbytes(10, torch.float32, sink=2, recent=3) == plain + 5 * dropped
     assert table.nbytes(10, torch.float32, sink=99) == RankTable.full(PLAIN).nbytes(
         10, torch.float32
     )

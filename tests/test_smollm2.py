@@ -111,7 +111,7 @@ def distilled(loaded: tuple[Any, Any], artifact: Artifact) -> Artifact:
     return distill(model, artifact, windows_NT, DistillConfig(steps=2, sequence_length=64))
 
 
-@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("recent", [0, 8])
 @pytest.mark.parametrize("made", ["calibrated", "distilled"])
 def test_the_fast_path_generates_the_tokens_of_the_reference(
     model: Any,
@@ -120,12 +120,12 @@ def test_the_fast_path_generates_the_tokens_of_the_reference(
     prompts: list[torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     made: str,
-    window: int,
+    recent: int,
 ) -> None:
     """Left-padded, with ragged ranks, in fp32."""
     chosen = artifact if made == "calibrated" else distilled
     ids, mask = left_padded(prompts)
-    matkv.attach(model, chosen, ranks=ragged_table(artifact.geometry), window=window)
+    matkv.attach(model, chosen, ranks=ragged_table(artifact.geometry), recent=recent)
     settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
     fast = model.generate(input_ids=ids, attention_mask=mask, **settings)
     monkeypatch.setattr(hf, "attend", attend_explicit)

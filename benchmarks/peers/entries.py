@@ -106,8 +106,8 @@ def tables(artifact: Artifact, budgets: Sequence[float]) -> list[tuple[str, Rank
 
 def exact_choices(artifact: Artifact, windows: Sequence[int]) -> list[ours.Exact]:
     """None, these windows, and what the artifact stores where that is something else."""
-    choices = [ours.NONE, *(ours.Exact(window=window) for window in windows)]
-    stored = ours.Exact(sink=artifact.sink, window=artifact.window)
+    choices = [ours.NONE, *(ours.Exact(recent=recent) for recent in windows)]
+    stored = ours.Exact(sink=artifact.sink, recent=artifact.recent)
     return choices if stored in choices else [*choices, stored]
 
 

@@ -1,4 +1,4 @@
-"""matkv itself, with stored or uniform ranks, an exact window, an exact prefill; quantized latents.
+"""matkv itself, with stored or uniform ranks, an exact recent, an exact prefill; quantized latents.
 
 `exact prefill` reads the context with the full cache and compresses it afterwards, as the other
 methods here do; matkv as it ships attends to latents from the first token on. Which tokens are kept
@@ -8,7 +8,7 @@ Quantized latents are simulated: each latent goes to integer codes and back befo
 token, head and side, in groups of neighbouring columns with a scale and a zero point of 16 bits
 each. `rotated` turns the kept columns by a random orthogonal matrix first, which spreads the large
 leading columns evenly and costs nothing, as it can be merged into the bases. Exact tokens have no
-codes: they are read at full width and pay for it in the model's dtype, until they leave the window.
+codes: they are read at full width and pay for it in the model's dtype, until they leave the recent.
 
 Shapes: B batch, G KV head, T token, D head dim, R rank.
 """
@@ -40,20 +40,20 @@ SCALE_NBYTES = 4  # a scale and a zero point of 16 bits each
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
-    """The tokens a cache holds at full width: the first `sink` and the last `window`."""
+    """The tokens a cache holds at full width: the first `sink` and the last `recent`."""
 
     sink: int = 0
-    window: int = 0
+    recent: int = 0
 
     def __str__(self) -> str:
         """As a part of a row's setting, empty where there are none."""
-        parts = [(self.sink, "first"), (self.window, "last")]
+        parts = [(self.sink, "first"), (self.recent, "last")]
         told = " and ".join(f"{name} {count}" for count, name in parts if count)
         return f", {told} exact" if told else ""
 
     def among(self, tokens: int) -> int:
         """How many of so many tokens are exact."""
-        return min(tokens, self.sink + self.window)
+        return min(tokens, self.sink + self.recent)
 
 
 NONE = Exact()
@@ -83,8 +83,8 @@ class Latent(Method):
             detach(model)
 
     def _attach(self, model: Any) -> Any:
-        sink, window = self.exact.sink, self.exact.window
-        return attach(model, self.artifact, ranks=self.table, sink=sink, window=window)
+        sink, recent = self.exact.sink, self.exact.recent
+        return attach(model, self.artifact, ranks=self.table, sink=sink, recent=recent)
 
     def new_cache(self, model: Any) -> Any:
         return LatentCache(model)
@@ -151,7 +151,7 @@ def turned(maps: Maps, ranks: LayerRanks) -> list[tuple[Tensor, Tensor]]:
 class QuantizedLatents(Projected):
     """One layer's keys and values through quantized latents and back to full width, the sink's not.
 
-    The window is up to the attention function, which sees both these states and those before.
+    The recent is up to the attention function, which sees both these states and those before.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class QuantizedLatents(Projected):
         codes: Codes,
         exact: Exact = NONE,
     ) -> None:
-        super().__init__(exact.window)
+        super().__init__(exact.recent)
         self.codes, self.sink = codes, exact.sink
         self.sides = [
             turned(one, its_ranks)

@@ -25,7 +25,7 @@ class CalibrateConfig:
     """How to calibrate.
 
     `key` and `value` name the bases (see `moments.key_maps` and `moments.value_maps`); the first
-    `skip_first` tokens of every sequence are left out of the moments. `sink` and `window`, the
+    `skip_first` tokens of every sequence are left out of the moments. `sink` and `recent`, the
     numbers of first and last tokens that `attach` keeps exact, are only stored.
     """
 
@@ -33,14 +33,14 @@ class CalibrateConfig:
     value: ValueBasis = "output"
     skip_first: int = 0
     sink: int = 0
-    window: int = 0
+    recent: int = 0
 
     def __post_init__(self) -> None:
         if self.key not in KEY_BASES:
             raise RankError(f"key basis {self.key!r} must be one of {', '.join(KEY_BASES)}")
         if self.value not in VALUE_BASES:
             raise RankError(f"value basis {self.value!r} must be one of {', '.join(VALUE_BASES)}")
-        for name in ("skip_first", "sink", "window"):
+        for name in ("skip_first", "sink", "recent"):
             if getattr(self, name) < 0:
                 raise RankError(f"{name} {getattr(self, name)} must be 0 or more")
 
@@ -89,6 +89,6 @@ def artifact_from(
         fingerprint=fingerprint(model),
         bases=bases,  # type: ignore[arg-type]
         sink=config.sink,
-        window=config.window,
+        recent=config.recent,
     )
     return artifact.with_history("calibrate", **asdict(config), tokens=tokens)

@@ -165,14 +165,14 @@ class RankTable:
         return sum(rank for *_, rank in self.growing_ranks()) * dtype.itemsize
 
     def nbytes(
-        self, tokens: int, dtype: torch.dtype, *, batch: int = 1, sink: int = 0, window: int = 0
+        self, tokens: int, dtype: torch.dtype, *, batch: int = 1, sink: int = 0, recent: int = 0
     ) -> int:
         """Bytes the cache holds for `batch` sequences of `tokens` tokens each.
 
         A layer with a sliding window holds its last window - 1 tokens at full width, as
-        transformers does. The first `sink` and the last `window` tokens are held at full width.
+        transformers does. The first `sink` and the last `recent` tokens are held at full width.
         """
-        exact = min(tokens, sink + window)
+        exact = min(tokens, sink + recent)
         total = 0
         for layer, shape in enumerate(self.geometry.layers):
             width = 2 * shape.kv_heads * shape.head_dim

@@ -54,7 +54,7 @@ def make(seed: int = 0) -> Artifact:
         },
         tables={1 / 3: ragged_table(GEOMETRY, 1), 0.5: ragged_table(GEOMETRY, 2)},
         sink=4,
-        window=16,
+        recent=16,
         history=({"stage": "calibrate", "tokens": 1000, "note": "é"},),
     )
 
@@ -213,8 +213,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "another program's",
     ),
     "newer format": (
-        edit_config(lambda c: c.update(format_version=2)),
-        "format version 2, this matkv reads 1: upgrade",
+        edit_config(lambda c: c.update(format_version=3)),
+        "format version 3, this matkv reads 1 to 2: upgrade",
     ),
     "format version missing": (
         edit_config(lambda c: c.pop("format_version")),

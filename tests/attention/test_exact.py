@@ -26,7 +26,7 @@ SCALING = 0.4
 KEY, VALUE = random_maps(G, D, 1), random_maps(G, D, 2)
 RANKS = (0, 3, 5), (0, 4, 2)  # one head keeps nothing
 SIZES = pytest.mark.parametrize(
-    ("sink", "window"), [(3, 0), (0, 1), (0, 5), (3, 5), (2, 16), (0, 60), (60, 3)]
+    ("sink", "recent"), [(3, 0), (0, 1), (0, 5), (3, 5), (2, 16), (0, 60), (60, 3)]
 )
 
 
@@ -36,8 +36,8 @@ def states() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(B, G * J, T, D, generator=generator), key_BGTD, value_BGTD
 
 
-def layer(sink: int, window: int) -> LatentLayer:
-    return LatentLayer(LayerProjection(KEY, VALUE, *RANKS, sink=sink, window=window))
+def layer(sink: int, recent: int) -> LatentLayer:
+    return LatentLayer(LayerProjection(KEY, VALUE, *RANKS, sink=sink, recent=recent))
 
 
 def causal(padding: tuple[int, ...] = (0,) * B) -> Tensor:
@@ -69,20 +69,20 @@ def attend_in_pieces(cache: LatentLayer, sizes: list[int], mask: Tensor | None) 
 @SIZES
 @pytest.mark.parametrize("block", [2, 7, 64])
 def test_pieces_of_any_size_give_what_all_at_once_gives(
-    sink: int, window: int, block: int, monkeypatch: pytest.MonkeyPatch
+    sink: int, recent: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exact, "BLOCK", block)
-    whole = attend_in_pieces(layer(sink, window), [T], None)
+    whole = attend_in_pieces(layer(sink, recent), [T], None)
     for sizes in ([1, 1, 9, 1, 20, 1, 8], [2, 3, 1, 1, 34], [1] * T):
         for mask in (None, causal()):
-            in_pieces = attend_in_pieces(layer(sink, window), sizes, mask)
+            in_pieces = attend_in_pieces(layer(sink, recent), sizes, mask)
             assert largest_difference(in_pieces, whole) < 1e-5
 
 
 @SIZES
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_padding_is_not_attended_and_sinks_come_after_it(
-    sink: int, window: int, kind: str, monkeypatch: pytest.MonkeyPatch
+    sink: int, recent: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exact, "BLOCK", 4)
     padding = (0, 6)
@@ -90,20 +90,20 @@ def test_padding_is_not_attended_and_sinks_come_after_it(
     if kind == "additive":
         mask = torch.where(mask, 0.0, -torch.inf)
     for sizes in ([T], [3, 1, 12, 25], [9] + [1] * 32):
-        cache = layer(sink, window)
+        cache = layer(sink, recent)
         cache.projection.start_B = torch.tensor(padding)
         out = attend_in_pieces(cache, sizes, mask)
         query, key, value = (x[1:, :, padding[1] :] for x in states())
-        latents, _ = layer(sink, window).update(key, value)
+        latents, _ = layer(sink, recent).update(key, value)
         alone = attend(latents, query, None, scaling=SCALING)
         assert largest_difference(out[1:, :, padding[1] :], alone) < 1e-5
 
 
 @SIZES
-def test_explicit_parts_are_those_of_the_fused_attention(sink: int, window: int) -> None:
+def test_explicit_parts_are_those_of_the_fused_attention(sink: int, recent: int) -> None:
     """Where gradients flow, off the CPU and with dropout; in blocks of queries, too."""
     query, key, value = states()
-    latents, _ = layer(sink, window).update(key, value)
+    latents, _ = layer(sink, recent).update(key, value)
     fused = attend(latents, query, None, scaling=SCALING)
     for most in (1 << 25, B * G * T * 5):
         with mock.patch.object(parts, "MAX_SCORES", most):

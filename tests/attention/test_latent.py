@@ -138,18 +138,18 @@ def test_half_precision_is_close(
 
 
 @every_rank
-@pytest.mark.parametrize(("sink", "window"), [(2, 0), (0, 3), (2, 3), (99, 0), (0, 99)])
+@pytest.mark.parametrize(("sink", "recent"), [(2, 0), (0, 3), (2, 3), (99, 0), (0, 99)])
 def test_exact_tokens_are_attended_at_full_width(
-    key_ranks: LayerRanks, value_ranks: LayerRanks, sink: int, window: int
+    key_ranks: LayerRanks, value_ranks: LayerRanks, sink: int, recent: int
 ) -> None:
-    projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks, sink=sink, window=window)
+    projection = LayerProjection(KEY, VALUE, key_ranks, value_ranks, sink=sink, recent=recent)
     key_BGTD, value_BGTD = states()
     latents, _ = LatentLayer(projection).update(key_BGTD, value_BGTD)
     query_BHQD = random_tensor(B, G * J, T, D, seed=7)
     out_BHQD = attend(latents, query_BHQD, None, scaling=SCALING)
 
     distance_QT = torch.arange(T)[:, None] - torch.arange(T)[None]
-    near_QT = distance_QT <= window if window else torch.zeros(T, T, dtype=torch.bool)
+    near_QT = distance_QT <= recent if recent else torch.zeros(T, T, dtype=torch.bool)
     exact_QT = near_QT | (torch.arange(T) < sink)
     short = truncated(key_BGTD, KEY, key_ranks), truncated(value_BGTD, VALUE, value_ranks)
     for query in range(T):

@@ -22,11 +22,11 @@ def queries(count: int) -> Tensor:
     return torch.randn(B, H, count, D, generator=torch.Generator().manual_seed(9))
 
 
-def oracle(query: Tensor, exact: States, old: States, sees: Tensor, window: int) -> Tensor:
+def oracle(query: Tensor, exact: States, old: States, sees: Tensor, recent: int) -> Tensor:
     """Every score formed; `sees` is boolean [B|1, 1, Q, T]."""
     Q = query.shape[2]
     position_Q1 = torch.arange(T - Q, T)[:, None]
-    near_QT = position_Q1 - torch.arange(T) <= window
+    near_QT = position_Q1 - torch.arange(T) <= recent
     wide = [x.repeat_interleave(H // G, 1) for x in vars(exact).values()]
     wide_old = [x.repeat_interleave(H // G, 1) for x in vars(old).values()]
     scores = torch.where(near_QT, query @ wide[0].mT, query @ wide_old[0].mT) * 0.3
@@ -46,11 +46,11 @@ def padded(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("block", [1, 7, 8, 64])
-@pytest.mark.parametrize("window", [1, 5, 40])
+@pytest.mark.parametrize("recent", [1, 5, 40])
 @pytest.mark.parametrize("count", [T, 9, 1])
 @pytest.mark.parametrize("kind", ["causal", "boolean", "additive"])
 def test_blocks_equal_all_scores_at_once(
-    monkeypatch: pytest.MonkeyPatch, block: int, window: int, count: int, kind: str
+    monkeypatch: pytest.MonkeyPatch, block: int, recent: int, count: int, kind: str
 ) -> None:
     monkeypatch.setattr(window_module, "BLOCK", block)
     sees = causal(count) if kind == "causal" else padded(count)
@@ -61,9 +61,9 @@ def test_blocks_equal_all_scores_at_once(
     for attend, results in ((attend_near_exact, found), (oracle, expected)):
         query, exact, old = queries(count).requires_grad_(), states(1), states(2)
         if attend is oracle:
-            out = oracle(query, exact, old, sees, window)
+            out = oracle(query, exact, old, sees, recent)
         else:
-            out = attend_near_exact(query, exact, old, mask, window=window, scaling=0.3)
+            out = attend_near_exact(query, exact, old, mask, recent=recent, scaling=0.3)
         out.square().sum().backward()
         results += [out, query.grad, *(x.grad for s in (exact, old) for x in vars(s).values())]
     for one, other in zip(found, expected, strict=True):
@@ -72,5 +72,5 @@ def test_blocks_equal_all_scores_at_once(
 
 def test_a_row_that_sees_nothing_stays_finite() -> None:
     mask = torch.zeros(B, 1, T, T, dtype=torch.bool)
-    out = attend_near_exact(queries(T), states(1), states(2), mask, window=3, scaling=None)
+    out = attend_near_exact(queries(T), states(1), states(2), mask, recent=3, scaling=None)
     assert bool(out.isfinite().all())

@@ -18,7 +18,7 @@ from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
 from tiny import Tiny, largest_difference, latent_layers, stepwise, tokens
 
-EXACT = pytest.mark.parametrize(("sink", "window"), [(0, 0), (3, 0), (0, 5), (3, 5)])
+EXACT = pytest.mark.parametrize(("sink", "recent"), [(0, 0), (3, 0), (0, 5), (3, 5)])
 
 
 def filled(subject: Tiny, ids: Tensor, **options: Any) -> matkv.LatentCache:
@@ -72,19 +72,19 @@ def same_next_logits(subject: Tiny, one: Any, other: Any, batch: int) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_bytes_are_those_the_rank_table_promises(
-    request: pytest.FixtureRequest, name: str, dtype: torch.dtype, sink: int, window: int
+    request: pytest.FixtureRequest, name: str, dtype: torch.dtype, sink: int, recent: int
 ) -> None:
     shared: Tiny = request.getfixturevalue(name)
     subject = Tiny(copy.deepcopy(shared.model).to(dtype), shared.artifact)
     table = subject.ragged(1)
-    subject.attach(ranks=table, sink=sink, window=window)
+    subject.attach(ranks=table, sink=sink, recent=recent)
     cache = matkv.LatentCache(subject.model)
     assert cache.nbytes == cache.used_nbytes == 0
     length = 0
     for piece in (1, 1, 6, 1, 70, 1, 1):
         feed(subject, cache, tokens(2, piece))
         length += piece
-        promised = table.nbytes(length, dtype, batch=2, sink=sink, window=window)
+        promised = table.nbytes(length, dtype, batch=2, sink=sink, recent=recent)
         assert cache.used_nbytes == promised
         assert cache.nbytes == held_bytes(cache) >= promised
 
@@ -148,7 +148,7 @@ def test_reserved_room_is_there_from_the_first_token(llama: Tiny) -> None:
 
 
 def test_tokens_added_in_inference_mode_can_be_extended_outside(llama: Tiny) -> None:
-    llama.attach(ranks=llama.ragged(1), sink=2, window=3)
+    llama.attach(ranks=llama.ragged(1), sink=2, recent=3)
     ids = tokens(1, 20)
     cache = matkv.LatentCache(llama.model)
     with torch.inference_mode():
@@ -187,8 +187,8 @@ def test_gradients_reach_a_learned_prefix_through_plain_tokens(llama: Tiny) -> N
 
 
 @EXACT
-def test_crop_leaves_what_was_there_before(gemma3: Tiny, sink: int, window: int) -> None:
-    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, window=window)
+def test_crop_leaves_what_was_there_before(gemma3: Tiny, sink: int, recent: int) -> None:
+    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, recent=recent)
     ids = tokens(2, 20)
     cache: Any = matkv.LatentCache(gemma3.model)
     cache.activate_past_recording()
@@ -201,7 +201,7 @@ def test_crop_leaves_what_was_there_before(gemma3: Tiny, sink: int, window: int)
 
 
 def test_crop_to_nothing_starts_over(llama: Tiny) -> None:
-    llama.attach(ranks=llama.ragged(1), sink=2, window=3)
+    llama.attach(ranks=llama.ragged(1), sink=2, recent=3)
     cache = filled(llama, tokens(2, 2))
     cache.crop(-5)
     assert cache.get_seq_length() == 0
@@ -217,7 +217,7 @@ def test_crop_within_the_sinks(llama: Tiny) -> None:
 
 
 def test_a_crop_that_lost_its_past_is_refused_and_changes_nothing(llama: Tiny) -> None:
-    llama.attach(ranks=llama.ragged(1), window=5)
+    llama.attach(ranks=llama.ragged(1), recent=5)
     ids = tokens(1, 20)
     cache = filled(llama, ids)
     with pytest.raises(CacheError, match="call activate_past_recording"):
@@ -246,9 +246,9 @@ SELECTIONS: dict[str, tuple[Callable[[Any], None], list[int]]] = {
 @EXACT
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selecting_sequences_is_like_having_fed_those(
-    gemma3: Tiny, name: str, sink: int, window: int
+    gemma3: Tiny, name: str, sink: int, recent: int
 ) -> None:
-    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, window=window)
+    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, recent=recent)
     act, rows = SELECTIONS[name]
     ids = tokens(3, 14)
     cache = filled(gemma3, ids)
@@ -266,8 +266,8 @@ def test_selecting_in_an_empty_cache_does_nothing(llama: Tiny) -> None:
 
 @EXACT
 @pytest.mark.parametrize("batch", [2, 3])
-def test_a_cache_can_be_reset_and_reused(gemma3: Tiny, batch: int, sink: int, window: int) -> None:
-    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, window=window)
+def test_a_cache_can_be_reset_and_reused(gemma3: Tiny, batch: int, sink: int, recent: int) -> None:
+    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, recent=recent)
     cache = filled(gemma3, tokens(2, 20))
     before = [b.data_ptr() for layer in latent_layers(cache) for b in layer.buffers if b.numel()]
     cache.reset()
@@ -281,13 +281,13 @@ def test_a_cache_can_be_reset_and_reused(gemma3: Tiny, batch: int, sink: int, wi
 
 def test_reset_stops_recording_the_past(llama: Tiny) -> None:
     table = llama.ragged(1)
-    llama.attach(ranks=table, window=4)
+    llama.attach(ranks=table, recent=4)
     cache: Any = matkv.LatentCache(llama.model)
     cache.activate_past_recording()
     feed(llama, cache, tokens(1, 9))
     cache.reset()
     feed(llama, cache, tokens(1, 9))
-    assert cache.used_nbytes == table.nbytes(9, torch.float32, window=4)
+    assert cache.used_nbytes == table.nbytes(9, torch.float32, recent=4)
 
 
 def test_another_batch_size_is_refused_without_reset(llama: Tiny) -> None:
@@ -299,9 +299,9 @@ def test_another_batch_size_is_refused_without_reset(llama: Tiny) -> None:
 
 @EXACT
 def test_a_copy_shares_the_projection_and_not_the_tokens(
-    gemma3: Tiny, sink: int, window: int
+    gemma3: Tiny, sink: int, recent: int
 ) -> None:
-    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, window=window)
+    gemma3.attach(ranks=gemma3.ragged(1), sink=sink, recent=recent)
     ids = tokens(2, 12)
     cache = filled(gemma3, ids)
     twin = copy.deepcopy(cache)
@@ -316,7 +316,7 @@ def test_a_copy_shares_the_projection_and_not_the_tokens(
 
 
 def test_layers_can_be_offloaded_and_brought_back(llama: Tiny) -> None:
-    llama.attach(ranks=llama.ragged(1), sink=2, window=3)
+    llama.attach(ranks=llama.ragged(1), sink=2, recent=3)
     ids = tokens(2, 12)
     cache = filled(llama, ids)
     for layer in latent_layers(cache):

@@ -20,7 +20,7 @@ BUDGETS = ("--budget", "0.5", "--budget", "0.75")
 
 @pytest.fixture
 def asked(home: Path, run: Path) -> list[Word]:
-    sizes = ["--window", "64", "--search-tokens", "128", "--expansions", "4"]
+    sizes = ["--length", "64", "--search-tokens", "128", "--expansions", "4"]
     return ["allocate", run, "--text", home / "text.txt", *sizes]
 
 
@@ -168,7 +168,7 @@ def test_the_state_of_another_search_is_refused(
         (["--max-perplexity-increase", "much"], "'much' must be a percentage, as 5%"),
         (["--max-perplexity-increase", "nan"], "must be a number above 0"),
         (["--protect", "9"], "9"),
-        (["--window", "100000"], "fewer than"),
+        (["--length", "100000"], "fewer than"),
         (["-o", "{tmp}"], "is not an artifact"),
         (["--tasks", "none", "--tasks-dir", "{tmp}"], "holds no .jsonl file"),
     ],

@@ -64,7 +64,7 @@ def test_the_main_job_from_end_to_end(small: DemoConfig, tmp_path: Path, matkv: 
     }
     distilled = Artifact.load(out / "distilled")
     assert sorted(distilled.tables) == [0.5, 0.75]
-    assert distilled.window == 4
+    assert distilled.recent == 4
     assert distilled.history[0]["tokens"] == 512
     assert distilled.history[1]["stages"]["end-to-end"]["steps"] == 4
 

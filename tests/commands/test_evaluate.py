@@ -77,7 +77,7 @@ def command(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> C
 
 
 TASKS = ("--tasks", "letters,contexts", "--tasks-dir", "{data}")
-TEXT = ("--text", "{text}", "--window", "32")
+TEXT = ("--text", "{text}", "--length", "32")
 
 
 def test_rows_of_tasks_as_json(command: Command) -> None:
@@ -118,7 +118,7 @@ def test_texts_and_tasks_in_one_call(command: Command) -> None:
     assert half["text"] == "text.txt"
     assert half["window_tokens"] == 32
     assert half["ranks"] and half["artifact"] and half["made"]["command"]
-    assert {"uniform", "kept", "stderr", "bytes_per_token", "tokens", "sink", "window"} <= set(half)
+    assert {"uniform", "kept", "stderr", "bytes_per_token", "tokens", "sink", "recent"} <= set(half)
 
 
 def test_perplexity_is_kept_until_something_changes(command: Command) -> None:

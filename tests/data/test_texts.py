@@ -141,7 +141,7 @@ def test_too_few_tokens_for_a_window_names_both_numbers() -> None:
         data.windows(torch.arange(11), 12)
     with pytest.raises(DataError, match="the first 5 of 11 tokens are fewer than one window of 8"):
         data.windows(torch.arange(11), 8, limit_tokens=5)
-    with pytest.raises(DataError, match="window 0 must be at least 1"):
+    with pytest.raises(DataError, match="window length 0 must be at least 1"):
         data.windows(torch.arange(11), 0)
 
 

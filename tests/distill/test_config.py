@@ -46,7 +46,7 @@ def test_an_empty_text_is_refused(llama: Tiny) -> None:
         ({"kl": 0.0}, "one above 0"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"lora_rank": -1}, "lora_rank -1 must be 0 or more"),
-        ({"window": -1}, "window -1 must be 0 or more"),
+        ({"recent": -1}, "recent -1 must be 0 or more"),
         ({"adaptive": True}, "adaptive needs a ladder or a cycle, not independent"),
     ],
 )

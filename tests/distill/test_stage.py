@@ -223,11 +223,11 @@ RUNGS: dict[str, Any] = {"adaptive": True, "rungs": (0.5, 0.25)}
 
 def test_a_window_is_trained_with_and_stored(llama: Tiny) -> None:
     plain, exact = (
-        distill(llama.model, llama.artifact, text(), quick(window=window)) for window in (None, 4)
+        distill(llama.model, llama.artifact, text(), quick(recent=recent)) for recent in (None, 4)
     )
-    assert (plain.window, exact.window) == (0, 4)
+    assert (plain.recent, exact.recent) == (0, 4)
     assert not same_bases(plain, exact)
-    again = distill(llama.model, replace(llama.artifact, window=4), text(), quick())
+    again = distill(llama.model, replace(llama.artifact, recent=4), text(), quick())
     assert same_bases(again, exact)
 
 

@@ -105,11 +105,11 @@ def test_the_student_attends_as_the_attached_model_does(family: Tiny) -> None:
 def test_the_student_keeps_as_many_tokens_exact_as_the_cache(llama: Tiny) -> None:
     model, artifact = llama.model, llama.artifact
     table, ids_BT = llama.ragged(), text(2, 24)
-    matkv.attach(model, artifact, ranks=table, window=5)
+    matkv.attach(model, artifact, ranks=table, recent=5)
     with torch.no_grad():
         expected = model(ids_BT, use_cache=False).logits
     matkv.detach(model)
-    student = Student(model, Bases(artifact, "cayley"), LossWeights(), window=5)
+    student = Student(model, Bases(artifact, "cayley"), LossWeights(), recent=5)
     with student.attending(), torch.no_grad():
         student._project(student.bases(torch.tensor([sizes_of(table)])))
         found = model(ids_BT, use_cache=False).logits

@@ -81,7 +81,7 @@ def through_cache(lm: LoadedLM, context: str, continuation: str) -> tuple[float,
     return float(picked_T.sum()), bool((log_probs_TV.argmax(-1) == target_T).all())
 
 
-EXACT = {"no exact tokens": {}, "exact tokens": {"sink": 2, "window": 3}}
+EXACT = {"no exact tokens": {}, "exact tokens": {"sink": 2, "recent": 3}}
 
 
 @pytest.mark.parametrize("case", EXACT)

@@ -191,7 +191,7 @@ def test_rows_name_what_was_measured(subject: Tiny, tokenizer: Any, tmp_path: Pa
     asked = {"context": 400, "depth": 0.5, "n": 2, "digits": 7, "keys": 2, "seed": 0, "recipe": 1}
     assert all(asked.items() <= row.items() for row in rows)
     assert rows[0]["ranks"] is None
-    assert rows[2]["window"] == 0
+    assert rows[2]["recent"] == 0
     assert len(rows[2]["ranks"]) == 12
     assert rows[0]["made"]["versions"]["torch"]
     assert seen == [800, 1600, 2400, 3200]

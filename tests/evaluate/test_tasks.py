@@ -81,10 +81,10 @@ def test_rows_say_what_was_measured_and_how(score: Scorer, artifact: Artifact) -
         (0.5, "contexts"),
     ]
     full, _, half, last = rows
-    assert full["ranks"] is full["sink"] is full["window"] is None
+    assert full["ranks"] is full["sink"] is full["recent"] is None
     assert half["artifact"] == full["artifact"] == digest(artifact)
     assert half["ranks"] == digest_of(RankTable.uniform(artifact.geometry, 0.5))
-    assert (half["sink"], half["window"], half["uniform"]) == (0, 0, False)
+    assert (half["sink"], half["recent"], half["uniform"]) == (0, 0, False)
     assert half["dtype"] == "float32"
     assert half["made"]["seed"] == 0
     assert half["made"]["lm_eval"]
@@ -121,7 +121,7 @@ def test_what_changes_an_answer_is_measured_again(score: Scorer, artifact: Artif
     assert missing(limit=4, seed=1) == 1
     assert missing() == 1
     assert missing(sink=1) == 1
-    assert missing(window=2) == 1
+    assert missing(recent=2) == 1
     skewed = replace(artifact, tables={0.5: RankTable.uniform_sides(artifact.geometry, 0.25, 0.75)})
     assert missing(artifact=skewed) == 1
     assert missing(artifact=skewed, uniform=True) == 1

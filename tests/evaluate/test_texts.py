@@ -53,10 +53,10 @@ def test_rows_hold_bytes_and_leave_the_model_detached(llama: Tiny) -> None:
 
 
 def test_tokens_kept_exact_count_as_held(llama: Tiny) -> None:
-    row = evaluate(llama.model, llama.artifact, tokens(2, 24), [0.5], sink=2, window=4)[1]
+    row = evaluate(llama.model, llama.artifact, tokens(2, 24), [0.5], sink=2, recent=4)[1]
     assert row.kept == 0.5
     assert row.held == pytest.approx((6 * 1.0 + 18 * 0.5) / 24)
-    over = evaluate(llama.model, llama.artifact, tokens(2, 24), [0.5], window=99)[1]
+    over = evaluate(llama.model, llama.artifact, tokens(2, 24), [0.5], recent=99)[1]
     assert over.held == 1.0
 
 

@@ -133,13 +133,13 @@ def test_an_attached_model_can_change_its_dtype(llama: Tiny) -> None:
 
 
 def test_the_artifacts_exact_tokens_are_the_default(llama: Tiny) -> None:
-    artifact = replace(llama.artifact, sink=3, window=2)
+    artifact = replace(llama.artifact, sink=3, recent=2)
     matkv.attach(llama.model, artifact, 0.5)
     projection = latent_layers(matkv.LatentCache(llama.model))[0].projection
-    assert (projection.sink, projection.window) == (3, 2)
-    matkv.attach(llama.model, artifact, 0.5, sink=0, window=7)
+    assert (projection.sink, projection.recent) == (3, 2)
+    matkv.attach(llama.model, artifact, 0.5, sink=0, recent=7)
     projection = latent_layers(matkv.LatentCache(llama.model))[0].projection
-    assert (projection.sink, projection.window) == (0, 7)
+    assert (projection.sink, projection.recent) == (0, 7)
 
 
 def test_the_table_is_that_of_the_attachment(llama: Tiny) -> None:
@@ -212,7 +212,7 @@ def test_a_table_for_another_geometry_is_refused(llama: Tiny) -> None:
         llama.attach(ranks=RankTable.full(fewer))
 
 
-@pytest.mark.parametrize("options", [{"sink": -1}, {"window": -2}])
+@pytest.mark.parametrize("options", [{"sink": -1}, {"recent": -2}])
 def test_a_negative_number_of_exact_tokens_is_refused(llama: Tiny, options: Any) -> None:
     with pytest.raises(RankError, match="must be a number of tokens"):
         llama.attach(**options)

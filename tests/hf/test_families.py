@@ -77,24 +77,24 @@ def test_full_rank_generates_the_same_tokens(family: Tiny, options: dict[str, An
 # ---- at ragged ranks
 
 
-@pytest.mark.parametrize(("sink", "window"), EXACT)
+@pytest.mark.parametrize(("sink", "recent"), EXACT)
 @torch.no_grad()
 def test_cached_decoding_equals_the_truncated_model(
-    any_family: Tiny, sink: int, window: int
+    any_family: Tiny, sink: int, recent: int
 ) -> None:
     ids = tokens(2, 30)
-    model = any_family.attach(ranks=any_family.ragged(), sink=sink, window=window)
+    model = any_family.attach(ranks=any_family.ragged(), sink=sink, recent=recent)
     uncached = model(ids, use_cache=False).logits
     full = matkv.detach(model)(ids).logits
-    any_family.attach(ranks=any_family.ragged(), sink=sink, window=window)
+    any_family.attach(ranks=any_family.ragged(), sink=sink, recent=recent)
     assert largest_difference(stepwise(model, ids, (7, 12)), uncached) < TOLERANCE
     assert largest_difference(uncached, full) > 1e-2
 
 
-@pytest.mark.parametrize(("sink", "window"), EXACT)
+@pytest.mark.parametrize(("sink", "recent"), EXACT)
 @torch.no_grad()
-def test_a_padded_batch_equals_each_sequence_alone(family: Tiny, sink: int, window: int) -> None:
-    model = family.attach(ranks=family.ragged(1), sink=sink, window=window)
+def test_a_padded_batch_equals_each_sequence_alone(family: Tiny, sink: int, recent: int) -> None:
+    model = family.attach(ranks=family.ragged(1), sink=sink, recent=recent)
     ids, mask = left_padded(PROMPTS)
     batch = stepwise(model, ids, (9, 4), mask_BT=mask)
     for row, prompt in enumerate(PROMPTS):
@@ -102,11 +102,11 @@ def test_a_padded_batch_equals_each_sequence_alone(family: Tiny, sink: int, wind
         assert largest_difference(batch[row : row + 1, -prompt.shape[1] :], alone) < TOLERANCE
 
 
-@pytest.mark.parametrize(("sink", "window"), [(0, 0), (3, 5)])
+@pytest.mark.parametrize(("sink", "recent"), [(0, 0), (3, 5)])
 def test_generation_in_a_padded_batch_equals_generation_alone(
-    family: Tiny, sink: int, window: int
+    family: Tiny, sink: int, recent: int
 ) -> None:
-    model = family.attach(ranks=family.ragged(2), sink=sink, window=window)
+    model = family.attach(ranks=family.ragged(2), sink=sink, recent=recent)
     ids, mask = left_padded(PROMPTS)
     batch = new_tokens(greedy(model, ids, attention_mask=mask), ids)
     alone = [new_tokens(greedy(model, prompt), prompt)[0] for prompt in PROMPTS]
@@ -114,7 +114,7 @@ def test_generation_in_a_padded_batch_equals_generation_alone(
 
 
 @pytest.mark.parametrize(
-    ("window", "options"),
+    ("recent", "options"),
     [
         pytest.param(4, {"use_cache": False}, id="no-cache"),
         pytest.param(4, {"prefill_chunk_size": 6}, id="chunked-prefill"),
@@ -123,36 +123,36 @@ def test_generation_in_a_padded_batch_equals_generation_alone(
     ],
 )
 def test_every_way_to_generate_gives_the_same_tokens(
-    family: Tiny, window: int, options: dict[str, Any]
+    family: Tiny, recent: int, options: dict[str, Any]
 ) -> None:
-    model = family.attach(ranks=family.ragged(3), sink=2, window=window)
+    model = family.attach(ranks=family.ragged(3), sink=2, recent=recent)
     plain = greedy(model, REPEATING, 24)
     assert torch.equal(greedy(model, REPEATING, 24, **options), plain)
 
 
 @pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 5}])
 def test_a_cache_given_to_generate_is_used(gemma3: Tiny, options: dict[str, Any]) -> None:
-    model = gemma3.attach(ranks=gemma3.ragged(3), sink=2, window=4)
+    model = gemma3.attach(ranks=gemma3.ragged(3), sink=2, recent=4)
     cache = matkv.LatentCache(model)
     out = greedy(model, REPEATING, 24, past_key_values=cache, **options)
     assert torch.equal(out, greedy(model, REPEATING, 24))
     assert cache.get_seq_length() == out.shape[1] - 1
 
 
-@pytest.mark.parametrize(("attached_assistant", "window"), [(False, 0), (True, 4)])
+@pytest.mark.parametrize(("attached_assistant", "recent"), [(False, 0), (True, 4)])
 def test_assisted_generation_gives_the_same_tokens(
-    family: Tiny, attached_assistant: bool, window: int
+    family: Tiny, attached_assistant: bool, recent: int
 ) -> None:
-    model = family.attach(ranks=family.ragged(3), window=window)
+    model = family.attach(ranks=family.ragged(3), recent=recent)
     plain = greedy(model, REPEATING, 24)
     assistant = build("llama")
     if attached_assistant:
-        matkv.attach(assistant, tiny("llama").artifact, 0.5, window=window)
+        matkv.attach(assistant, tiny("llama").artifact, 0.5, recent=recent)
     assert torch.equal(greedy(model, REPEATING, 24, assistant_model=assistant), plain)
 
 
 def test_a_prefilled_prefix_serves_two_continuations(family: Tiny) -> None:
-    model = family.attach(ranks=family.ragged(4), sink=2, window=3)
+    model = family.attach(ranks=family.ragged(4), sink=2, recent=3)
     prefix = tokens(1, 15, seed=5)
     prefilled = matkv.LatentCache(model)
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_a_prefilled_prefix_serves_two_continuations(family: Tiny) -> None:
 
 
 def test_generation_goes_on_where_it_stopped(family: Tiny) -> None:
-    model = family.attach(ranks=family.ragged(5), window=3)
+    model = family.attach(ranks=family.ragged(5), recent=3)
     whole = greedy(model, PROMPTS[0], 12)
     first = model.generate(
         PROMPTS[0], max_new_tokens=5, do_sample=False, return_dict_in_generate=True
@@ -187,10 +187,10 @@ def test_generation_makes_latent_layers_by_itself(family: Tiny) -> None:
 # ---- gradients and number formats
 
 
-@pytest.mark.parametrize(("sink", "window", "most"), [(0, 0, 0.0), (1, 2, TOLERANCE)])
-def test_gradients_modes_agree(family: Tiny, sink: int, window: int, most: float) -> None:
+@pytest.mark.parametrize(("sink", "recent", "most"), [(0, 0, 0.0), (1, 2, TOLERANCE)])
+def test_gradients_modes_agree(family: Tiny, sink: int, recent: int, most: float) -> None:
     """With exact tokens, gradients ask for explicit scores."""
-    model = family.attach(ranks=family.ragged(6), sink=sink, window=window)
+    model = family.attach(ranks=family.ragged(6), sink=sink, recent=recent)
     ids = tokens(2, 12)
     with torch.no_grad():
         plain = model(ids).logits
@@ -200,11 +200,11 @@ def test_gradients_modes_agree(family: Tiny, sink: int, window: int, most: float
     assert largest_difference(model(ids).logits.detach(), plain) <= most
 
 
-@pytest.mark.parametrize(("sink", "window"), [(0, 0), (2, 3)])
+@pytest.mark.parametrize(("sink", "recent"), [(0, 0), (2, 3)])
 def test_gradients_through_the_cache_are_those_without_it(
-    family: Tiny, sink: int, window: int
+    family: Tiny, sink: int, recent: int
 ) -> None:
-    model = family.attach(ranks=family.ragged(7), sink=sink, window=window)
+    model = family.attach(ranks=family.ragged(7), sink=sink, recent=recent)
     ids = tokens(2, 12)
     parameters = list(model.parameters())
 
@@ -225,13 +225,13 @@ def test_gradients_through_the_cache_are_those_without_it(
             assert largest_difference(cached, uncached) <= 1e-4 * float(uncached.abs().max())
 
 
-@pytest.mark.parametrize(("sink", "window"), [(0, 0), (2, 3)])
+@pytest.mark.parametrize(("sink", "recent"), [(0, 0), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_stays_close(
-    family: Tiny, dtype: torch.dtype, sink: int, window: int
+    family: Tiny, dtype: torch.dtype, sink: int, recent: int
 ) -> None:
-    options: dict[str, Any] = {"ranks": family.ragged(8), "sink": sink, "window": window}
+    options: dict[str, Any] = {"ranks": family.ragged(8), "sink": sink, "recent": recent}
     ids = tokens(2, 16)
     exact = family.attach(**options)(ids).logits
     matkv.detach(family.model)
@@ -242,14 +242,14 @@ def test_half_precision_stays_close(
     assert greedy(half, ids, 4).shape == (2, 20)
 
 
-@pytest.mark.parametrize(("sink", "window"), [(0, 0), (2, 3)])
+@pytest.mark.parametrize(("sink", "recent"), [(0, 0), (2, 3)])
 @torch.no_grad()
-def test_autocast_stays_close(family: Tiny, sink: int, window: int) -> None:
+def test_autocast_stays_close(family: Tiny, sink: int, recent: int) -> None:
     ids = tokens(2, 16)
     exact_full = family.model(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         noise = largest_difference(family.model(ids).logits, exact_full)
-    model = family.attach(ranks=family.ragged(8), sink=sink, window=window)
+    model = family.attach(ranks=family.ragged(8), sink=sink, recent=recent)
     exact = model(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         assert largest_difference(stepwise(model, ids, (5, 3)), exact) < 3 * noise
@@ -269,6 +269,6 @@ def test_sequences_of_several_growths_stay_right() -> None:
     """A cache that outgrows its buffer many times, against the truncated model."""
     model, artifact = build("llama"), tiny("llama").artifact
     ids = tokens(1, 200)
-    matkv.attach(model, artifact, ranks=tiny("llama").ragged(9), window=70)
+    matkv.attach(model, artifact, ranks=tiny("llama").ragged(9), recent=70)
     uncached = model(ids, use_cache=False).logits
     assert largest_difference(stepwise(model, ids, (3, 90)), uncached) < TOLERANCE

@@ -177,7 +177,7 @@ class Rounds:
             del settings[name]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for projection in self.gated.values():
-            digest.update(str(projection.window).encode())
+            digest.update(str(projection.recent).encode())
         tensors = [piece.ids_BT for text in self.texts for piece in text.pieces]
         for projection in self.gated.values():
             for maps in (projection.key_maps, projection.value_maps):
@@ -196,7 +196,7 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     for layer in artifact.geometry.growing:
         device = next(modules[layer].parameters()).device
         key, value = (_moved(artifact.maps(layer, side), device) for side in SIDES)
-        gated[layer] = GatedProjection(key, value, window=artifact.window)
+        gated[layer] = GatedProjection(key, value, recent=artifact.recent)
     return gated
 
 

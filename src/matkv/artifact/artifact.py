@@ -51,7 +51,7 @@ class Artifact:
     """Bases for every growing layer of one model, and rank tables by budget.
 
     `bases[layer][side]` holds the maps; `tables` what a search found, by budget; `sink` and
-    `window` the number of first and last tokens to keep exact; `history` one entry per stage that
+    `recent` the number of first and last tokens to keep exact; `history` one entry per stage that
     made it. `fingerprint` holds a few weights of the base model, by which another is told apart.
     """
 
@@ -61,7 +61,7 @@ class Artifact:
     bases: dict[int, dict[Side, SideBases]]
     tables: dict[float, RankTable] = field(default_factory=dict)
     sink: int = 0
-    window: int = 0
+    recent: int = 0
     history: tuple[dict[str, Any], ...] = ()
     lora: Lora | None = None
 
@@ -163,7 +163,7 @@ class Artifact:
             "bases_sha256": checksum(directory / BASES),
             "lora_sha256": checksum_of_all(directory / LORA),
             "sink": self.sink,
-            "window": self.window,
+            "recent": self.recent,
             "tables": {str(b): t.to_json() for b, t in sorted(self.tables.items())},
             "history": list(self.history),
         }
@@ -197,7 +197,7 @@ class Artifact:
                 bases=read_bases(directory / BASES, geometry, config["bases_sha256"]),
                 tables=tables,
                 sink=int(config["sink"]),
-                window=int(config["window"]),
+                recent=int(config["recent" if config["format_version"] > 1 else "window"]),
                 history=tuple(config["history"]),
                 lora=read_lora(directory / LORA, config.get("lora_sha256")),
             )

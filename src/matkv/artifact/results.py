@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matkv.artifact import results
 from matkv.artifact.records import Record, made
 from matkv.errors import ArtifactError
 from matkv.files import replacing
@@ -38,7 +37,8 @@ def load_rows(run: str | Path, kind: str) -> list[Record]:
             raise ValueError("its rows are not a list of records")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): delete it and measure again") from error
-    return rows
+    # Rows of before 0.2 call the last tokens kept exact a window.
+    return [{"recent" if name == "window" else name: row[name] for name in row} for row in rows]
 
 
 def save_rows(run: str | Path, kind: str, rows: Iterable[Record], keys: Sequence[str]) -> Path:
@@ -82,7 +82,7 @@ class Store:
         self, run: Path | None, kind: str, keys: Sequence[str], *, again: bool = False
     ) -> None:
         self.run, self.kind, self.keys = run, kind, keys
-        rows = [] if run is None else results.load_rows(run, kind)  # a damaged file is found here
+        rows = [] if run is None else load_rows(run, kind)  # a damaged file is found here
         self.rows = {} if again else {self._key(row): row for row in rows}
 
     def find(self, identity: Record) -> Record | None:
@@ -93,7 +93,7 @@ class Store:
         new = [{**row, "made": made(**settings)} for row in rows]
         self.rows |= {self._key(row): row for row in new}
         if self.run is not None:
-            results.save_rows(self.run, self.kind, new, self.keys)
+            save_rows(self.run, self.kind, new, self.keys)
         return new
 
     def _key(self, row: Record) -> str:

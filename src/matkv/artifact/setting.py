@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 # What a row was measured with: another row with equal values of these is the same measurement.
-CACHE_KEYS = ("artifact", "ranks", "budget", "sink", "window", "dtype")
+CACHE_KEYS = ("artifact", "ranks", "budget", "sink", "recent", "dtype")

@@ -18,7 +18,7 @@ from matkv.bases.maps import Maps, SideBases
 from matkv.errors import ArtifactError
 from matkv.ranks import SIDES, Geometry, Side
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 calls `recent` a window
 CONFIG, BASES, LORA = "config.json", "bases.safetensors", "lora"
 
 
@@ -62,9 +62,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != "matkv":
         raise ArtifactError(f"{directory} is not a matkv artifact: {CONFIG} is another program's")
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise ArtifactError(
-            f"{directory} has format version {version}, this matkv reads {FORMAT_VERSION}: "
+            f"{directory} has format version {version}, this matkv reads 1 to {FORMAT_VERSION}: "
             "upgrade matkv, or calibrate again"
         )
     return config

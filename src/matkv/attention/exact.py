@@ -1,6 +1,6 @@
 """The part of attention that is read at full width: the first tokens and the last ones.
 
-A query reads its own token and the `window` before it exactly, and the first `sink` of its
+A query reads its own token and the `recent` before it exactly, and the first `sink` of its
 sequence. All others it reads as latents, see `matkv.attention`, which puts the two together.
 
 Shapes: B batch, H query head, G KV head, J query heads of a KV head (H = G J), Q query, T token,

@@ -1,7 +1,7 @@
 """Attention at full width in which recent tokens are exact: what training and search see.
 
-A token is exact for its own query and those up to `window` positions after it, and truncated for
-later ones, as a cache with a window holds it. Gradients flow through both.
+A token is exact for its own query and those up to `recent` positions after it, and truncated for
+later ones, as a cache with recent tokens holds it. Gradients flow through both.
 
 Shapes: B batch, H query head, G KV head, J query heads of a KV head, Q query position, T token,
 K tokens that a block of queries sees, D head dim.
@@ -36,7 +36,7 @@ def attend_near_exact(
     truncated: States,
     mask: Tensor | None,
     *,
-    window: int,
+    recent: int,
     scaling: float | None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -57,10 +57,10 @@ def attend_near_exact(
         J, block = block_BGJQD.shape[2:4]
         position_Q = token_T[T - Q + first :][:block]
         end = T - Q + first + block
-        far, near = slice(max(0, end - 1 - window)), slice(max(0, end - block - window), end)
+        far, near = slice(max(0, end - 1 - recent)), slice(max(0, end - block - recent), end)
         key_BGKD = torch.cat((truncated.key_BGTD[:, :, far], exact.key_BGTD[:, :, near]), 2)
         value_BGKD = torch.cat((truncated.value_BGTD[:, :, far], exact.value_BGTD[:, :, near]), 2)
-        is_near_QT = position_Q[:, None] - token_T <= window
+        is_near_QT = position_Q[:, None] - token_T <= recent
         picked_QK = torch.cat((~is_near_QT[:, far], is_near_QT[:, near]), dim=1)
         rows_BGQT = bias_BGQT[:, :, first : first + block]
         bias_BGQK = torch.cat((rows_BGQT[..., far], rows_BGQT[..., near]), dim=-1)

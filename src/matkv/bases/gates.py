@@ -15,15 +15,15 @@ class Projected:
     """One layer's keys and values multiplied by square matrices, [GDD] or one a sequence [BGDD].
 
     With P = encode diag(gate) decode^T, attention on them equals attention on latents, and queries
-    and outputs need no work. None leaves a side as it is. The `window` tokens before a query are
+    and outputs need no work. None leaves a side as it is. The `recent` tokens before a query are
     exact.
     """
 
     key: Tensor | None = None
     value: Tensor | None = None
 
-    def __init__(self, window: int = 0) -> None:
-        self.window = window
+    def __init__(self, recent: int = 0) -> None:
+        self.recent = recent
 
     def matrices(self) -> tuple[Tensor | None, Tensor | None]:
         """P of keys and of values."""
@@ -46,8 +46,8 @@ class GatedProjection(Projected):
     table. `key_gate` and `value_gate` are [GD], or [BGD] for one table a sequence.
     """
 
-    def __init__(self, key: Maps, value: Maps, *, window: int = 0) -> None:
-        super().__init__(window)
+    def __init__(self, key: Maps, value: Maps, *, recent: int = 0) -> None:
+        super().__init__(recent)
         self.key_maps, self.value_maps = key, value
         self.key_gate = self.value_gate = key.encode_GDD.new_ones(key.encode_GDD.shape[:2])
 

@@ -1,4 +1,4 @@
-"""What a cache keeps at full width: the first tokens of a layer, and a window that slides.
+"""What a cache keeps at full width: the first tokens of a layer, and the last ones.
 
 Shapes: B batch, G KV head, T new token, S sink token, K recent token, D head dim, F = 2 D,
 [key | value].
@@ -12,34 +12,34 @@ from torch import Tensor
 from matkv.errors import CacheError
 from matkv.latents.latents import Exact
 
-# The window slides through a buffer with room for half as many tokens again and this many, and is
-# moved back to its start when it reaches the end.
+# Recent tokens slide through a buffer with room for half as many again and this many, and are moved
+# back to its start when they reach the end.
 GRAIN = 16
 
 
 class ExactTokens:
-    """The first `sink` tokens and the last `window` of one layer; none is in both.
+    """The first `sink` tokens and the last `recent` of one layer; none is in both.
 
     The recent ones are the stretch `held` of a buffer [B G room F], in order. Tokens between are
-    latents: those at the positions from `sink` to the window, with left padding too, because what
-    is at an earlier position is a sink or padding.
+    latents: those at the positions from `sink` to the recent ones, with left padding too, because
+    what is at an earlier position is a sink or padding.
     """
 
-    def __init__(self, sink: int, window: int) -> None:
-        self.sink, self.window = sink, window
+    def __init__(self, sink: int, recent: int) -> None:
+        self.sink, self.recent = sink, recent
         self.sink_BGSF: Tensor | None = None
-        self.recent: Tensor | None = None
+        self.buffer: Tensor | None = None
         self.held = slice(0, 0)
         self.start_B: Tensor | None = None
 
     @property
     def reach(self) -> int:
         """How many of the last tokens the newest query reads exactly: its own, too."""
-        return self.window + 1 if self.window else 0
+        return self.recent + 1 if self.recent else 0
 
     def between(self, length: int) -> int:
         """How many of `length` tokens are latents in the cache."""
-        return max(0, length - self.sink - self.window)
+        return max(0, length - self.sink - self.recent)
 
     def far(self, length: int) -> int:
         """How many of these the newest query reads."""
@@ -59,7 +59,7 @@ class ExactTokens:
         self._fill_sinks(new_BGTF, first)
         assert self.sink_BGSF is not None
         joined = self._count(self.held) + new_BGTF.shape[2]
-        kept = joined if keep_all and self.window else self._wanted(length)
+        kept = joined if keep_all and self.recent else self._wanted(length)
         recent_BGKF = self._slide(new_BGTF, joined, kept)
         exact = Exact(recent_BGKF, self.sink_BGSF, self.start_B, length, self.reach)
         turned = slice(self.between(first), self.between(length))
@@ -72,46 +72,46 @@ class ExactTokens:
         Raises:
             CacheError: tokens that are recent again were already dropped.
         """
-        if not self.window:
+        if not self.recent:
             return
         wanted = self._wanted(length - removed)
         end = max(self.held.start, self.held.stop - removed)
         if end - wanted < self.held.start:
             raise CacheError(
-                f"cannot crop {removed} tokens of a cache with an exact window of {self.window}: "
-                "call activate_past_recording() before the tokens are added, or use window=0"
+                f"cannot crop {removed} tokens of a cache that keeps {self.recent} exact: call "
+                "activate_past_recording() before the tokens are added, or use recent=0"
             )
         self.held = slice(end - wanted, end)
 
     def reset(self) -> None:
-        self.sink_BGSF, self.recent, self.start_B = None, None, None
+        self.sink_BGSF, self.buffer, self.start_B = None, None, None
         self.held = slice(0, 0)
 
     def select(self, index_B: Tensor) -> None:
         """Keep these sequences, in this order."""
-        if self.recent is None or self.sink_BGSF is None:
+        if self.buffer is None or self.sink_BGSF is None:
             return
-        self._store(self.recent[:, :, self.held].index_select(0, index_B))
+        self._store(self.buffer[:, :, self.held].index_select(0, index_B))
         self.sink_BGSF = self.sink_BGSF.index_select(0, index_B)
         if self.start_B is not None:
             self.start_B = self.start_B.index_select(0, index_B)
 
     def move(self, device: torch.device | str) -> None:
-        if self.recent is not None and self.sink_BGSF is not None:
-            self.recent = self.recent.to(device, non_blocking=True)
+        if self.buffer is not None and self.sink_BGSF is not None:
+            self.buffer = self.buffer.to(device, non_blocking=True)
             self.sink_BGSF = self.sink_BGSF.to(device, non_blocking=True)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [tensor for tensor in (self.sink_BGSF, self.recent) if tensor is not None]
+        return [tensor for tensor in (self.sink_BGSF, self.buffer) if tensor is not None]
 
     def used_nbytes(self, length: int) -> int:
         """Bytes of the tokens held, without spare room."""
-        if self.recent is None:
+        if self.buffer is None:
             return 0
-        B, G, _, F = self.recent.shape
+        B, G, _, F = self.buffer.shape
         tokens = min(length, self.sink) + self._count(self.held)
-        return B * G * tokens * F * self.recent.element_size()
+        return B * G * tokens * F * self.buffer.element_size()
 
     # ---- how
 
@@ -121,11 +121,11 @@ class ExactTokens:
 
     def _wanted(self, length: int) -> int:
         """How many of `length` tokens are recent, and no sinks whatever the padding."""
-        return min(self.window, max(0, length - self.sink))
+        return min(self.recent, max(0, length - self.sink))
 
     def _slide(self, new_BGTF: Tensor, joined: int, kept: int) -> Tensor:
         """Append, then keep the last `kept`; returns all that were held and the new.  [BGKF]"""
-        buffer, end = self.recent, self.held.stop + new_BGTF.shape[2]
+        buffer, end = self.buffer, self.held.stop + new_BGTF.shape[2]
         if buffer is not None and end <= buffer.shape[2] and _is_writable(buffer, new_BGTF):
             buffer[:, :, self.held.stop : end] = new_BGTF
             recent_BGKF = buffer[:, :, end - joined : end]
@@ -141,11 +141,11 @@ class ExactTokens:
         B, G, kept, F = kept_BGKF.shape
         self.held = slice(0, kept)
         if kept_BGKF.requires_grad:
-            self.recent = kept_BGKF
+            self.buffer = kept_BGKF
             return
-        room = kept + kept // 2 + GRAIN if self.window else 0
-        self.recent = kept_BGKF.new_empty(B, G, room, F)
-        self.recent[:, :, :kept] = kept_BGKF
+        room = kept + kept // 2 + GRAIN if self.recent else 0
+        self.buffer = kept_BGKF.new_empty(B, G, room, F)
+        self.buffer[:, :, :kept] = kept_BGKF
 
     def _fill_sinks(self, new_BGTF: Tensor, first: int) -> None:
         """Put those of the new tokens that are sinks into their slots."""

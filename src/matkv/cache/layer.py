@@ -21,7 +21,7 @@ from matkv.latents.layer import LayerProjection
 class LatentLayer(DynamicLayer):
     """One layer's latents: a preallocated buffer [B N capacity C] per bucket of equal row widths.
 
-    Tokens kept exact are in `exact` and get latents when they leave the window.
+    Tokens kept exact are in `exact` and get latents when they are recent no more.
 
     `update` returns a `Latents` twice, in place of full keys and values: transformers passes it on
     untouched to the registered attention function.
@@ -36,7 +36,7 @@ class LatentLayer(DynamicLayer):
         self.reserve = max_cache_len or 0
         self.buffers: list[Tensor] = []
         self.exact = (
-            ExactTokens(projection.sink, projection.window) if projection.keeps_exact else None
+            ExactTokens(projection.sink, projection.recent) if projection.keeps_exact else None
         )
         self.length = 0
         self.record_past = False

@@ -31,7 +31,7 @@ class StaticLatentLayer(StaticLayer):
     def __init__(self, projection: LayerProjection, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
         if projection.keeps_exact:
-            raise CacheError("a static cache keeps no exact tokens: attach with sink=0, window=0")
+            raise CacheError("a static cache keeps no exact tokens: attach with sink=0, recent=0")
         self.projection = projection
         self.buffers: list[Tensor] = []
 

@@ -86,7 +86,7 @@ def allocate_command(
     ] = None,
     expansions: Annotated[int, typer.Option(help="fisher: points on the way down", min=1)] = 36,
     search_tokens: Annotated[int, typer.Option(help="tokens read at a time", min=1)] = 2048,
-    window: Annotated[int, typer.Option(help="tokens of one sequence", min=2)] = 1024,
+    length: Annotated[int, typer.Option(help="tokens of one sequence", min=2)] = 1024,
     drops: Annotated[int, typer.Option(help="greedy: drops a round", min=1)] = 1,
     picture: Annotated[Path | None, typer.Option(help="heat map of the first budget, PNG")] = None,
     model_name: ModelOpt = None,
@@ -118,7 +118,7 @@ def allocate_command(
     )
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
     solved = training_texts(tasks.split(","), tasks_dir) if tasks is not None else None
-    batches = _search_batches(tokenizer, data.read_texts(text, "train"), solved, window, config)
+    batches = _search_batches(tokenizer, data.read_texts(text, "train"), solved, length, config)
     state = target.with_name(f".{target.name}.allocate.jsonl")
     with search_progress() as update:
         found = allocate(model, artifact, batches, config, state=state, on_progress=update)
@@ -135,15 +135,15 @@ def _search_batches(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     solved: list[str] | None,
-    window: int,
+    length: int,
     config: AllocateConfig,
 ) -> Iterator[Any]:
     """Held-out text, then text to search on: `solved` tasks where they are given."""
     limit = config.held_out_tokens
     if solved is None:
         limit += config.expansions * config.search_tokens
-    windows = data.text_windows(tokenizer, texts, window, limit)
-    at_once = max(1, min(BATCH_TOKENS, config.search_tokens) // window)
+    windows = data.text_windows(tokenizer, texts, length, limit)
+    at_once = max(1, min(BATCH_TOKENS, config.search_tokens) // length)
     yield from data.batches(windows, at_once)
     if solved is not None:
         yield from text_batches(tokenizer, solved, 8)

@@ -24,7 +24,7 @@ def calibrate_command(
     key: Annotated[str, typer.Option(help="key basis: query or pca")] = "query",
     value: Annotated[str, typer.Option(help="value basis: output or pca")] = "output",
     tokens: Annotated[int, typer.Option(help="tokens to read", min=1)] = 65_536,
-    window: Annotated[int, typer.Option(help="tokens of one sequence", min=1)] = 512,
+    length: Annotated[int, typer.Option(help="tokens of one sequence", min=1)] = 512,
     batch_size: Annotated[int, typer.Option(help="sequences at once", min=1)] = 8,
     skip_first: Annotated[int, typer.Option(help="leave out each sequence's first tokens")] = 0,
     dtype: DtypeOpt = "auto",
@@ -37,7 +37,7 @@ def calibrate_command(
     check_target(out)
     texts = data.read_texts(text, "train")
     model, tokenizer = load(model_name, dtype, device, trust_remote_code)
-    windows = data.text_windows(tokenizer, texts, window, tokens)
+    windows = data.text_windows(tokenizer, texts, length, tokens)
     with token_progress("calibrating", windows.numel()) as update:
         artifact = calibrate(
             model,

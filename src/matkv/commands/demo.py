@@ -98,12 +98,12 @@ class DemoConfig:
 class Curve:
     """One line of the plot: an artifact, with its own rank tables or equal ranks.
 
-    `window` tokens are exact, as many as the artifact says unless given.
+    `recent` tokens are exact, as many as the artifact says unless given.
     """
 
     artifact: Artifact
     uniform: bool = True
-    window: int | None = None
+    recent: int | None = None
 
 
 def demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     distilled = _allocate(model, tokenizer, distilled, texts, config)
     distilled.save(out / "distilled")
     curves = {name: Curve(artifact) for name, artifact in artifacts.items()} | {
-        f"calibrated, {config.recent} exact": Curve(artifacts["calibrated"], window=config.recent),
+        f"calibrated, {config.recent} exact": Curve(artifacts["calibrated"], recent=config.recent),
         f"distilled, {config.recent} exact": Curve(distilled),
         f"own ranks, {config.recent} exact": Curve(distilled, uniform=False),
     }
@@ -191,7 +191,7 @@ def _distill(
     config: DemoConfig,
 ) -> Artifact:
     """A few minutes of training on the training articles."""
-    settings = replace(config.distill, window=config.recent)
+    settings = replace(config.distill, recent=config.recent)
     train_NT, probe_NT = (
         data.text_windows(tokenizer, source, settings.sequence_length)
         for source in (texts, held_out)
@@ -235,7 +235,7 @@ def _evaluate(
                 windows_NT,
                 budgets,
                 uniform=curve.uniform,
-                window=curve.window,
+                recent=curve.recent,
                 full_cache=first,
                 on_progress=lambda at, tokens, passes=passes, done=done: update(  # type: ignore[misc]
                     done + passes.index(at) * windows_NT.numel() + tokens

@@ -59,7 +59,7 @@ def evaluate_command(
             "default unless tasks or long contexts are given"
         ),
     ] = None,
-    window: Annotated[int, typer.Option(help="tokens of one sequence of text", min=2)] = 1024,
+    length: Annotated[int, typer.Option(help="tokens of one sequence of text", min=2)] = 1024,
     tokens: Annotated[
         int | None, typer.Option(help="tokens of text to score; all unless given")
     ] = None,
@@ -108,7 +108,7 @@ def evaluate_command(
         seed=seed,
         uniform=uniform,
         sink=sink,
-        window=recent,
+        recent=recent,
         batch_size=batch_size,
         again=again,
     )
@@ -119,22 +119,22 @@ def evaluate_command(
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
     chosen = tuple(budget or sorted(artifact.tables, reverse=True) or BUDGETS)
     budgets = [None, *chosen]
-    caches = Caches(budgets=chosen, uniform=uniform, sink=sink, window=recent)
+    caches = Caches(budgets=chosen, uniform=uniform, sink=sink, recent=recent)
     opened = Opened(
         run=run, artifact=artifact, model=model, tokenizer=tokenizer, caches=caches, again=again
     )
     rows: Rows = []
     if source is not None and texts is not None and by_position:
-        windows = data.text_windows(tokenizer, texts, window, tokens)
+        windows = data.text_windows(tokenizer, texts, length, tokens)
         placed = measure_positions(opened, windows, _name(source))
         rows += placed
         if not as_json:
             title = f"{run} on {source}, perplexity by position"
             console.out.print(positions_table(title, placed))
     elif source is not None and texts is not None:
-        windows = data.text_windows(tokenizer, texts, window, tokens)
+        windows = data.text_windows(tokenizer, texts, length, tokens)
         text_config = TextConfig(
-            text=_name(source), uniform=uniform, sink=sink, window=recent, again=again
+            text=_name(source), uniform=uniform, sink=sink, recent=recent, again=again
         )
         with token_progress("evaluating", windows.numel() * len(budgets)) as update:
             rows += perplexity_rows(
@@ -147,7 +147,7 @@ def evaluate_command(
                 on_progress=lambda at, done: update(budgets.index(at) * windows.numel() + done),
             )
         if not as_json:
-            _show_texts(artifact, f"{run} on {source}, windows of {window}", rows)
+            _show_texts(artifact, f"{run} on {source}, windows of {length}", rows)
     if loaded:
         scored = _score(run, artifact, model, tokenizer, loaded, budgets, task_config)
         rows += scored

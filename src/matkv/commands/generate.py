@@ -50,7 +50,7 @@ def generate_command(
     """Answer a prompt with a compressed cache."""
     check_budget(budget)
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    attach(model, artifact, ranks=artifact.table(budget, uniform=uniform), sink=sink, window=recent)
+    attach(model, artifact, ranks=artifact.table(budget, uniform=uniform), sink=sink, recent=recent)
     chat = [{"role": "user", "content": prompt}]
     ids = tokenizer(prompt).input_ids if raw else chat_ids(tokenizer, chat, prompt)
     cache = LatentCache(model)

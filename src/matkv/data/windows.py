@@ -42,33 +42,33 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor
     return tokens_T
 
 
-def windows(tokens_T: Tensor, window: int, limit_tokens: int | None = None) -> Tensor:
+def windows(tokens_T: Tensor, length: int, limit_tokens: int | None = None) -> Tensor:
     """Cut a token sequence into full windows that do not overlap; the ragged end is dropped.
 
     Returns:
-        int64 [N, window], from the first `limit_tokens` tokens where that is given.
+        int64 [N, length], from the first `limit_tokens` tokens where that is given.
 
     Raises:
-        DataError: there are fewer tokens than one window, or `window` is below 1.
+        DataError: there are fewer tokens than one window, or `length` is below 1.
     """
-    if window < 1:
-        raise DataError(f"window {window} must be at least 1 token")
+    if length < 1:
+        raise DataError(f"window length {length} must be at least 1 token")
     available = tokens_T.numel() if limit_tokens is None else min(limit_tokens, tokens_T.numel())
-    if available < window:
+    if available < length:
         total = tokens_T.numel()
         which = f"{total}" if available == total else f"the first {available} of {total}"
         raise DataError(
-            f"{which} tokens are fewer than one window of {window}: "
-            "give more text or a smaller window"
+            f"{which} tokens are fewer than one window of {length}: "
+            "give more text or a smaller length"
         )
-    count = available // window
-    return tokens_T[: count * window].reshape(count, window)
+    count = available // length
+    return tokens_T[: count * length].reshape(count, length)
 
 
 def text_windows(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
-    window: int,
+    length: int,
     limit_tokens: int | None = None,
 ) -> Tensor:
     """Documents as full windows of a model's tokens.
@@ -77,17 +77,17 @@ def text_windows(
     with it, for such models are at a loss without it.
 
     Returns:
-        int64 [N, window], `limit_tokens` tokens at most.
+        int64 [N, length], `limit_tokens` tokens at most.
 
     Raises:
-        DataError: there are fewer tokens than one window, or `window` is below 1.
+        DataError: there are fewer tokens than one window, or `length` is below 1.
     """
     tokens_T = token_stream(tokenizer, texts)
     start = tokenizer.bos_token_id
     if start is None or tokenizer("a").input_ids[0] != start:
-        return windows(tokens_T, window, limit_tokens)
-    limit = None if limit_tokens is None else limit_tokens - limit_tokens // max(window, 1)
-    windows_NT = windows(tokens_T, window - 1, limit)
+        return windows(tokens_T, length, limit_tokens)
+    limit = None if limit_tokens is None else limit_tokens - limit_tokens // max(length, 1)
+    windows_NT = windows(tokens_T, length - 1, limit)
     return torch.cat((torch.full((len(windows_NT), 1), start), windows_NT), dim=1)
 
 

@@ -39,7 +39,7 @@ POSITIVE = (
     *("checkpoint_every", "probe_every"),
 )
 NOT_NEGATIVE = (
-    "window",
+    "recent",
     "random",
     "warmup_steps",
     "max_grad_norm",
@@ -62,7 +62,7 @@ class DistillConfig:
     rank tables that the artifact stores for these budgets, and it keeps them; else equal ranks
     everywhere, and the tables found for the old bases are dropped.
 
-    `window` tokens stay exact behind every query, as many as the artifact says unless given; the
+    `recent` tokens stay exact behind every query, as many as the artifact says unless given; the
     new artifact then says the same.
 
     Stages: `objective` "local" fits every layer's attention output by itself, "end-to-end" the
@@ -90,7 +90,7 @@ class DistillConfig:
     random: int = 1
     rank_step: int | None = None
     draw: Draw = "sequence"
-    window: int | None = None
+    recent: int | None = None
 
     steps: int | None = None
     tokens: int | None = None

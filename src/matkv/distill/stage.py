@@ -120,7 +120,7 @@ class _Run:
         adapters = self._adapters()
         try:
             student = Student(
-                self.model, self.bases, config.loss_weights, adapters, window=self.window
+                self.model, self.bases, config.loss_weights, adapters, recent=self.recent
             )
             data = self._data(examples, config.batch_size, arguments.max_steps)
             trainer = DistillTrainer(student, data, config, arguments, self.done)
@@ -148,7 +148,7 @@ class _Run:
         }
         tables = self.artifact.tables if self.config.adaptive else {}
         made = replace(
-            self.artifact, bases=bases, tables=tables, lora=self.lora, window=self.window
+            self.artifact, bases=bases, tables=tables, lora=self.lora, recent=self.recent
         )
         return made.with_history(
             "distill",
@@ -171,8 +171,8 @@ class _Run:
             )
 
     @property
-    def window(self) -> int:
-        return self.artifact.window if self.config.window is None else self.config.window
+    def recent(self) -> int:
+        return self.artifact.recent if self.config.recent is None else self.config.recent
 
     def _axes(self) -> tuple[Axis, ...]:
         return rank_axes(self.artifact.geometry, self.config.rank_step)

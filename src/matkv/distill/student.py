@@ -31,7 +31,7 @@ from matkv.ranks import Side
 class Student(nn.Module):
     """Model and bases together; `forward` is the loss of a batch.
 
-    Only bases and adapters learn. The `window` tokens before a query are exact.
+    Only bases and adapters learn. The `recent` tokens before a query are exact.
     `attending()` must be open during forward and backward passes, because gradient checkpointing
     runs layers again backwards.
     """
@@ -45,12 +45,12 @@ class Student(nn.Module):
         weights: LossWeights,
         adapters: Adapters | None = None,
         *,
-        window: int = 0,
+        recent: int = 0,
     ) -> None:
         super().__init__()
         _check_head(model)
         self.model, self.bases, self.weights, self.adapters = model, bases, weights, adapters
-        self.projected = {layer: Projected(window) for layer, _ in bases.places}
+        self.projected = {layer: Projected(recent) for layer, _ in bases.places}
         # Every process has loaded the same weights: DDP need not send what does not learn.
         self._ddp_params_and_buffers_to_ignore = [
             *(name for name, parameter in self.named_parameters() if not parameter.requires_grad),

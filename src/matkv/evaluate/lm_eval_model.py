@@ -141,7 +141,7 @@ class LoadedLM(HFLM):  # type: ignore[misc]
 class MatkvLM(LoadedLM):
     """An artifact's model, attached at a budget; `budget=full` is the plain model.
 
-    `pretrained` loads the base model from elsewhere; `uniform`, `sink` and `window` are those of
+    `pretrained` loads the base model from elsewhere; `uniform`, `sink` and `recent` are those of
     `matkv evaluate`. Other options are those of lm-eval's own `hf` models.
 
     Raises:
@@ -156,7 +156,7 @@ class MatkvLM(LoadedLM):
         pretrained: str | None = None,
         uniform: bool = False,
         sink: int | None = None,
-        window: int | None = None,
+        recent: int | None = None,
         dtype: str = "auto",
         device: str | None = None,
         trust_remote_code: bool = False,
@@ -172,7 +172,7 @@ class MatkvLM(LoadedLM):
         )
         if isinstance(budget, (int, float)):
             table = opened.table(budget, uniform=uniform)
-            attach(model, opened, ranks=table, sink=sink, window=window)
+            attach(model, opened, ranks=table, sink=sink, recent=recent)
         super().__init__(model, tokenizer, **options)
 
 
@@ -194,7 +194,7 @@ def _check_arguments(artifact: str | None, budget: Any, options: dict[str, Any])
     if unknown := sorted(set(options) - HF_OPTIONS):
         raise MatkvError(
             f"matkv takes no argument {unknown[0]!r}: besides artifact, budget, pretrained, "
-            "uniform, sink, window, dtype, device and trust_remote_code it takes "
+            "uniform, sink, recent, dtype, device and trust_remote_code it takes "
             + ", ".join(sorted(HF_OPTIONS))
         )
 

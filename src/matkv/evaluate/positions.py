@@ -27,11 +27,11 @@ POSITIONS_KEYS = (*CACHE_KEYS, "text", "data", "window_tokens", "start", "end")
 FIRST_BUCKET = 64
 
 
-def buckets(window: int) -> list[tuple[int, int]]:
-    """[0, 64), [64, 128), [128, 256) … up to `window`, the last one cut there."""
+def buckets(length: int) -> list[tuple[int, int]]:
+    """[0, 64), [64, 128), [128, 256) … up to `length`, the last one cut there."""
     edges, end = [0], FIRST_BUCKET
-    while edges[-1] < window:
-        edges.append(min(end, window))
+    while edges[-1] < length:
+        edges.append(min(end, length))
         end *= 2
     return list(pairwise(edges))
 

@@ -115,7 +115,7 @@ def sample_texts(
                         "ranks": digest_of(table),
                         "budget": budget,
                         "sink": 0 if table is None else artifact.sink,
-                        "window": 0 if table is None else artifact.window,
+                        "recent": 0 if table is None else artifact.recent,
                         "prompt": prompt,
                         "max_new_tokens": max_new_tokens,
                         "text": str(tokenizer.decode(answer, skip_special_tokens=True)),

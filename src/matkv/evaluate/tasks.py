@@ -37,7 +37,7 @@ KEYS = (
     "limit",
     "seed",
     "sink",
-    "window",
+    "recent",
     "dtype",
 )
 
@@ -46,7 +46,7 @@ KEYS = (
 class TaskConfig:
     """How tasks are scored.
 
-    `limit` items are drawn with `seed`, the same at every budget; None for all. `sink` and `window`
+    `limit` items are drawn with `seed`, the same at every budget; None for all. `sink` and `recent`
     are numbers of exact tokens, the artifact's unless given; `uniform` ignores stored rank tables.
     `again` measures what is already known.
 
@@ -58,7 +58,7 @@ class TaskConfig:
     seed: int = 0
     uniform: bool = False
     sink: int | None = None
-    window: int | None = None
+    recent: int | None = None
     batch_size: int = 16
     again: bool = False
 
@@ -138,10 +138,10 @@ def _about(
     config: TaskConfig,
 ) -> Record:
     """What is known of a row before it is measured."""
-    exact: dict[str, int | None] = {"sink": None, "window": None}
+    exact: dict[str, int | None] = {"sink": None, "recent": None}
     if table is not None:
         exact["sink"] = artifact.sink if config.sink is None else config.sink
-        exact["window"] = artifact.window if config.window is None else config.window
+        exact["recent"] = artifact.recent if config.recent is None else config.recent
     return {
         "artifact": digest,
         "ranks": digest_of(table),
@@ -164,7 +164,7 @@ def _ready(
     if table is None:
         detach(model)
     else:
-        attach(model, artifact, ranks=table, sink=config.sink, window=config.window)
+        attach(model, artifact, ranks=table, sink=config.sink, recent=config.recent)
 
 
 def _score(

@@ -41,7 +41,7 @@ KEYS = (
     "window_tokens",
     "tokens",
     "sink",
-    "window",
+    "recent",
     "dtype",
 )
 
@@ -77,14 +77,14 @@ def perplexity(
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[float, float, int]:
-    """exp of the mean negative log-likelihood of every window's tokens but its first.
+    """exp of the mean negative log-likelihood of the tokens of every window but its first.
 
     Runs without a cache: on an attached model that is the truncated forward pass, which equals
     cached decoding. Returns the perplexity, the standard error of the mean log-likelihood over
     windows, and the number of predicted tokens. `on_progress` gets the number of tokens seen.
 
     Raises:
-        DataError: a window is shorter than two tokens.
+        DataError: a window of text is shorter than two tokens.
     """
     windows, length = windows_NT.shape
     if windows == 0 or length < 2:
@@ -109,7 +109,7 @@ def evaluate(
     *,
     uniform: bool = False,
     sink: int | None = None,
-    window: int | None = None,
+    recent: int | None = None,
     full_cache: bool = True,
     on_progress: Callable[[float | None, int], None] | None = None,
 ) -> list[Row]:
@@ -123,7 +123,7 @@ def evaluate(
     """
     tables = {budget: artifact.table(budget, uniform=uniform) for budget in budgets}
     exact = artifact.sink if sink is None else sink
-    exact += artifact.window if window is None else window
+    exact += artifact.recent if recent is None else recent
     detach(model)
     rows = []
     try:
@@ -131,7 +131,7 @@ def evaluate(
             table = RankTable.full(geometry_of(model.config))
             if budget is not None:
                 table = tables[budget]
-                attach(model, artifact, ranks=table, sink=sink, window=window)
+                attach(model, artifact, ranks=table, sink=sink, recent=recent)
             rows.append(_row(model, windows_NT, budget, table, exact, on_progress))
     finally:
         detach(model)
@@ -169,13 +169,13 @@ def _row(
 class TextConfig:
     """What `perplexity_rows` measures; `text` is the name that its rows bear.
 
-    `uniform`, `sink` and `window` as for `evaluate`; `again` measures what is already known.
+    `uniform`, `sink` and `recent` as for `evaluate`; `again` measures what is already known.
     """
 
     text: str
     uniform: bool = False
     sink: int | None = None
-    window: int | None = None
+    recent: int | None = None
     again: bool = False
 
 
@@ -215,7 +215,7 @@ def perplexity_rows(
                 [] if budget is None else [budget],
                 uniform=config.uniform,
                 sink=config.sink,
-                window=config.window,
+                recent=config.recent,
                 full_cache=budget is None,
                 on_progress=on_progress,
             )[0]
@@ -227,11 +227,11 @@ def perplexity_rows(
 def _about(artifact: Artifact, budget: float | None, config: TextConfig) -> Record:
     """What depends on the budget of a record, before it is measured."""
     if budget is None:
-        return {"budget": None, "ranks": None, "uniform": False, "sink": None, "window": None}
+        return {"budget": None, "ranks": None, "uniform": False, "sink": None, "recent": None}
     return {
         "budget": budget,
         "ranks": digest_of(artifact.table(budget, uniform=config.uniform)),
         "uniform": config.uniform,
         "sink": artifact.sink if config.sink is None else config.sink,
-        "window": artifact.window if config.window is None else config.window,
+        "recent": artifact.recent if config.recent is None else config.recent,
     }

@@ -40,12 +40,12 @@ def attach(
     *,
     ranks: RankTable | None = None,
     sink: int | None = None,
-    window: int | None = None,
+    recent: int | None = None,
 ) -> PreTrainedModel:
     """Switch `model` to latent attention at a budget or at given ranks; returns the same model.
 
     Afterwards `model.generate(...)` fills a `LatentCache` by itself. Attaching again replaces the
-    ranks. `sink` and `window`, the numbers of first and last tokens kept exact, come from the
+    ranks. `sink` and `recent`, the numbers of first and last tokens kept exact, come from the
     artifact unless given.
 
     Raises:
@@ -61,7 +61,7 @@ def attach(
     table = ranks if ranks is not None else artifact.table(budget)  # type: ignore[arg-type]
     if table.geometry != artifact.geometry:
         raise RankError("the rank table was made for another model's geometry")
-    sink, window = _exact(artifact.sink, sink, "sink"), _exact(artifact.window, window, "window")
+    sink, recent = _exact(artifact.sink, sink, "sink"), _exact(artifact.recent, recent, "recent")
     detach(model)
     for layer in artifact.geometry.growing:
         projection = LayerProjection(
@@ -70,7 +70,7 @@ def attach(
             table.key[layer],
             table.value[layer],
             sink=sink,
-            window=window,
+            recent=recent,
         )
         parameter = next(modules[layer].parameters())
         modules[layer].matkv = projection.to(parameter.device, model.dtype).requires_grad_(False)
@@ -142,14 +142,14 @@ def _exact(default: int, given: int | None, name: str) -> int:
 class Caches:
     """The caches to measure: the full one, then every budget.
 
-    `uniform` ignores stored rank tables; `sink` and `window`, the first and last tokens kept exact,
+    `uniform` ignores stored rank tables; `sink` and `recent`, the first and last tokens kept exact,
     come from the artifact unless given.
     """
 
     budgets: tuple[float, ...]
     uniform: bool = False
     sink: int | None = None
-    window: int | None = None
+    recent: int | None = None
 
     def attached(self, model: PreTrainedModel, artifact: Artifact) -> Generator[Record]:
         """Attach one after the other and tell what identifies each; leaves the model detached.
@@ -161,14 +161,14 @@ class Caches:
         dtype = str(model.dtype).removeprefix("torch.")
         common = {"artifact": digest(artifact), "dtype": dtype}
         sink = artifact.sink if self.sink is None else self.sink
-        window = artifact.window if self.window is None else self.window
+        recent = artifact.recent if self.recent is None else self.recent
         detach(model)
         artifact.check(geometry_of(model.config), fingerprint(model))
         try:
-            yield {**common, "ranks": None, "budget": None, "sink": None, "window": None}
+            yield {**common, "ranks": None, "budget": None, "sink": None, "recent": None}
             for budget, table in tables.items():
-                attach(model, artifact, ranks=table, sink=sink, window=window)
+                attach(model, artifact, ranks=table, sink=sink, recent=recent)
                 ranks = digest_of(table)
-                yield {**common, "ranks": ranks, "budget": budget, "sink": sink, "window": window}
+                yield {**common, "ranks": ranks, "budget": budget, "sink": sink, "recent": recent}
         finally:
             detach(model)

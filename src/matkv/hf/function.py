@@ -86,13 +86,13 @@ def attention_forward(
     exact = truncated = States(key, value)
     if isinstance(handler, Projected):
         truncated = States(*handler(key, value))
-        if handler.window:
+        if handler.recent:
             out_BHQD = attend_near_exact(
                 query,
                 exact,
                 truncated,
                 attention_mask,
-                window=handler.window,
+                recent=handler.recent,
                 scaling=scaling,
                 dropout=dropout,
             )

@@ -44,9 +44,9 @@ class Latents:
 class Exact:
     """Tokens at full width, a row [key | value] each, heads in the model's order.
 
-    `recent_BGKF` are the last K of all `tokens`, those of this step and the window before; of them
-    a query reads the last `reach` up to its own: 1 + window, or 0 without one. `sink_BGSF` are the
-    first tokens, which `recent_BGKF` may hold as well. Sink s of a sequence is at the position
+    `recent_BGKF` are the last K of all `tokens`, those of this step and what was recent before it;
+    of them a query reads the last `reach` up to its own: 1 + recent, or 0. `sink_BGSF` are the first
+    tokens, which `recent_BGKF` may hold as well. Sink s of a sequence is at the position
     `start_B` + s, at s where `start_B` is None: without padding.
     """
 

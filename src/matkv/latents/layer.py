@@ -47,7 +47,7 @@ class LayerProjection(nn.Module):
     Buffers, heads in sorted order: `ranks` [G 2]; `encode_rows` [G 2D C] makes rows of [key|value];
     `query` [G D M] goes with the first columns of a row, and is zero from the key rank on;
     `output` [G M D] goes with the last columns, and is zero but for its last value-rank rows.
-    `sink` first and `window` last tokens of a sequence are kept exact.
+    `sink` first and `recent` last tokens of a sequence are kept exact.
 
     Raises:
         RankError: the number of ranks or a rank does not fit the maps.
@@ -68,7 +68,7 @@ class LayerProjection(nn.Module):
         value_ranks: LayerRanks,
         *,
         sink: int = 0,
-        window: int = 0,
+        recent: int = 0,
     ) -> None:
         super().__init__()
         heads, dim = key.encode_GDD.shape[:2]
@@ -76,7 +76,7 @@ class LayerProjection(nn.Module):
             if len(ranks) != heads or not all(0 <= rank <= dim for rank in ranks):
                 raise RankError(f"ranks {ranks} do not fit {heads} KV heads of dimension {dim}")
         self.kv_heads, self.head_dim = heads, dim
-        self.sink, self.window = sink, window
+        self.sink, self.recent = sink, recent
         self.start_B: Tensor | None = None
         pairs = list(zip(key_ranks, value_ranks, strict=True))
         order = sorted(range(heads), key=lambda head: sum(pairs[head]))
@@ -96,7 +96,7 @@ class LayerProjection(nn.Module):
     @property
     def keeps_exact(self) -> bool:
         """Whether some tokens keep all their coordinates."""
-        return self.sink > 0 or self.window > 0
+        return self.sink > 0 or self.recent > 0
 
     @property
     def width(self) -> int:

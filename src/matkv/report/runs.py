@@ -134,12 +134,12 @@ class Way:
 
     uniform: bool = False
     sink: int = 0
-    window: int = 0
+    recent: int = 0
 
     def __str__(self) -> str:
         parts = ["uniform ranks" if self.uniform else ""]
         parts.append(f"first {self.sink} exact" if self.sink else "")
-        parts.append(f"last {self.window} exact" if self.window else "")
+        parts.append(f"last {self.recent} exact" if self.recent else "")
         return ", ".join(part for part in parts if part)
 
     @property
@@ -149,14 +149,14 @@ class Way:
 
 def way_of(row: Record) -> Way:
     """How the run was used for a row."""
-    sink, window = (int(number(row, name) or 0) for name in ("sink", "window"))
-    return Way(bool(row.get("uniform")), sink, window)
+    sink, recent = (int(number(row, name) or 0) for name in ("sink", "recent"))
+    return Way(bool(row.get("uniform")), sink, recent)
 
 
 def ways(rows: Iterable[Record]) -> list[Way]:
     """The ways of rows at a budget, the plain one first."""
     found = {way_of(row) for row in rows if row.get("budget") is not None}
-    return sorted(found, key=lambda way: (way.uniform, way.sink, way.window))
+    return sorted(found, key=lambda way: (way.uniform, way.sink, way.recent))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def choose(runs: Sequence[Run]) -> Choice | None:
             for row in curve.rows
             if kept(row) < 1
         ]
-        plain = [one for one in found if not one.curve.way.sink and not one.curve.way.window]
+        plain = [one for one in found if not one.curve.way.sink and not one.curve.way.recent]
         fine = [one for one in plain or found if one.factor <= TOLERANCE]
         if fine:
             return min(fine, key=lambda one: (round(kept(one.row), 4), one.factor))

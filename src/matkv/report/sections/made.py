@@ -70,8 +70,8 @@ def _history(run: Run, runs: Sequence[Run]) -> Iterator[Facts]:
         ("KV heads", f"{heads}; {artifact.geometry.query_heads} query heads"),
         ("bases", run.digest),
     ]
-    if artifact.sink or artifact.window:
-        items.append(("kept exact", f"first {artifact.sink}, last {artifact.window} tokens"))
+    if artifact.sink or artifact.recent:
+        items.append(("kept exact", f"first {artifact.sink}, last {artifact.recent} tokens"))
     yield Facts(title_of(run, runs, "artifact"), items)
     for entry in artifact.history:
         yield Facts(title_of(run, runs, str(entry.get("stage", "stage"))), list(_settings(entry)))
