@@ -45,8 +45,8 @@ class Exact:
     """Tokens at full width, a row [key | value] each, heads in the model's order.
 
     `recent_BGKF` are the last K of all `tokens`, those of this step and what was recent before it;
-    of them a query reads the last `reach` up to its own: 1 + recent, or 0. `sink_BGSF` are the first
-    tokens, which `recent_BGKF` may hold as well. Sink s of a sequence is at the position
+    of them a query reads the last `reach` up to its own: 1 + recent, or 0. `sink_BGSF` are the
+    first tokens, which `recent_BGKF` may hold as well. Sink s of a sequence is at the position
     `start_B` + s, at s where `start_B` is None: without padding.
     """
 
