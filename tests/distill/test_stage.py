@@ -29,17 +29,18 @@ from matkv.schedule import uniform_rungs
 from tiny import Tiny
 
 
+@pytest.mark.parametrize("recent", [0, 3])
 @pytest.mark.parametrize("objective", ["local", "end-to-end", "both"])
-def test_the_loss_falls(llama: Tiny, objective: str) -> None:
+def test_the_loss_falls(llama: Tiny, objective: str, recent: int) -> None:
     reports: list[Progress] = []
-    config = quick(objective=objective, steps=30, local_steps=30)
+    config = quick(objective=objective, steps=30, local_steps=30, recent=recent)
     made = distill(llama.model, llama.artifact, text(), config, on_progress=reports.append)
     axes = rank_axes(llama.artifact.geometry)
     sizes = torch.tensor(uniform_rungs(axes, (0.5,))).expand(8, 1, -1)
     batch = collate([{"input_ids": row, "labels": row} for row in text(8)])
     losses = []
     for artifact in (llama.artifact, made):
-        student = Student(llama.model, Bases(artifact, "cayley"), LossWeights())
+        student = Student(llama.model, Bases(artifact, "cayley"), LossWeights(), recent=recent)
         with student.attending(), torch.no_grad():
             losses.append(float(student(**batch, sizes=sizes)["loss"]))
     assert losses[1] < 0.98 * losses[0]
@@ -221,14 +222,25 @@ def test_adaptive_rungs_are_the_stored_tables_and_stay(llama: Tiny) -> None:
 RUNGS: dict[str, Any] = {"adaptive": True, "rungs": (0.5, 0.25)}
 
 
-def test_a_window_is_trained_with_and_stored(llama: Tiny) -> None:
+@pytest.mark.parametrize("objective", ["local", "end-to-end"])
+def test_recent_tokens_are_trained_with_and_stored(llama: Tiny, objective: Any) -> None:
     plain, exact = (
-        distill(llama.model, llama.artifact, text(), quick(recent=recent)) for recent in (None, 4)
+        distill(llama.model, llama.artifact, text(), quick(objective=objective, recent=recent))
+        for recent in (None, 4)
     )
     assert (plain.recent, exact.recent) == (0, 4)
     assert not same_bases(plain, exact)
-    again = distill(llama.model, replace(llama.artifact, recent=4), text(), quick())
+    start = replace(llama.artifact, recent=4)
+    again = distill(llama.model, start, text(), quick(objective=objective))
     assert same_bases(again, exact)
+
+
+def test_recent_tokens_that_leave_nothing_to_learn_are_refused(llama: Tiny) -> None:
+    with pytest.raises(TrainingError, match=r"recent 15 keeps all .* the longest has 16 tokens"):
+        distill(llama.model, llama.artifact, text(), quick(recent=15))
+    short = [{"input_ids": ids_T[:5], "labels": ids_T[:5]} for ids_T in text()]
+    with pytest.raises(TrainingError, match="the longest has 5 tokens"):
+        distill(llama.model, replace(llama.artifact, recent=4), short, quick(objective="local"))
 
 
 def test_adapters_learn_with_the_bases_and_are_merged_at_attach(

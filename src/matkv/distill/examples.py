@@ -83,6 +83,13 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         return torch.Generator().manual_seed(self.seed * PRIME + stream)
 
 
+def longest_of(examples: Examples) -> int:
+    """Tokens of the longest sequence; 0 where there is none."""
+    if isinstance(examples, Tensor):
+        return examples.shape[1] if len(examples) else 0
+    return max((len(example["input_ids"]) for example in examples), default=0)
+
+
 def as_example(example: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Token ids and labels of one sequence; the first token is nobody's next token."""
     if isinstance(example, Tensor):

@@ -2,8 +2,8 @@
 
     loss = mean over layers of  ‖out' W - out W‖² / ‖out W‖²      W the layer's output projection
 
-on queries, keys and values recorded with the full cache. There is no vocabulary, no backward pass
-through the model, and one layer's graph at a time.
+on queries, keys and values recorded with the full cache; the `recent` tokens before a query are
+exact. There is no vocabulary, no backward pass through the model, and one layer's graph at a time.
 
 Shapes: B sequence, H query head, G KV head, T token, D head dim, M model dim, X matrices.
 """
@@ -14,13 +14,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from matkv.attention.truncated import States, attend_near_exact
 from matkv.bases.gates import Projected
 from matkv.bases.learned import ADAM_EPSILON
 from matkv.distill.bases import Bases
@@ -77,12 +77,14 @@ def fit_locally(
     data: TrainingSet,
     config: DistillConfig,
     *,
+    recent: int,
     interrupt: Interrupt,
     on_progress: OnProgress | None = None,
 ) -> Spent:
     """Fit `bases` layer by layer; a token counts each time it is used.
 
-    Under several processes each does the same work.
+    The `recent` tokens before a query are exact, as in the cache that the bases are for. Under
+    several processes each does the same work.
 
     Raises:
         TrainingError: the loss is not a finite number.
@@ -92,7 +94,7 @@ def fit_locally(
     modules = attention_modules(model)
     spent, started = Spent(0, 0, 0.0), time.perf_counter()
     for step, batch in enumerate(_batches(model, data, config), start=1):
-        loss = _backward(bases, modules, batch)
+        loss = _backward(bases, modules, batch, recent)
         if not math.isfinite(loss):
             raise TrainingError(f"the local loss is {loss} at step {step}: lower local_lr")
         optimizer.step()
@@ -156,7 +158,7 @@ def _record(model: PreTrainedModel, items: list[dict[str, Tensor]]) -> dict[int,
     return recorders
 
 
-def _backward(bases: Bases, modules: list[nn.Module], batch: LocalBatch) -> float:
+def _backward(bases: Bases, modules: list[nn.Module], batch: LocalBatch, recent: int) -> float:
     """Add one step's gradients to the parameters of `bases`; returns the loss."""
     device = next(bases.parameters()).device
     products = bases(batch.sizes_BKX.transpose(0, 1).flatten(0, 1).to(device))
@@ -164,7 +166,7 @@ def _backward(bases: Bases, modules: list[nn.Module], batch: LocalBatch) -> floa
     leaves = {place: product.detach().requires_grad_() for place, product in products.items()}
     total = 0.0
     for layer, recorder in batch.recorders.items():
-        product = Projected()
+        product = Projected(recent)
         product.key, product.value = leaves[layer, "key"], leaves[layer, "value"]
         keep_BT = batch.keep().to(device, next(modules[layer].parameters()).dtype)
         loss = layer_loss(modules[layer], product, *recorder.pick(batch.picks), keep_BT)
@@ -188,24 +190,36 @@ def layer_loss(
     `projected` may hold matrices for K times as many sequences; each sequence is then met K times.
     """
     weight_MX = output_projection(module).weight
-    attend = partial(_attend, getattr(module, "scaling", query_BHTD.shape[-1] ** -0.5))
+    scaling = getattr(module, "scaling", query_BHTD.shape[-1] ** -0.5)
     with torch.no_grad():
-        teacher_BTX = attend(query_BHTD, key_BGTD, value_BGTD) * keep_BT[..., None]
+        teacher_BTX = _causal(query_BHTD, States(key_BGTD, value_BGTD), scaling)
+        teacher_BTX = teacher_BTX * keep_BT[..., None]
         scale = F.linear(teacher_BTX, weight_MX).float().square().sum()
     assert projected.key is not None
     K = len(projected.key) // len(query_BHTD)
     query, key, value, keep = (
         x.repeat(K, *[1] * (x.dim() - 1)) for x in (query_BHTD, key_BGTD, value_BGTD, keep_BT)
     )
-    student_BTX = attend(query, *projected(key, value)) * keep[..., None]
+    student_BTX = _truncated(query, States(key, value), projected, scaling) * keep[..., None]
     error_BTM = F.linear(student_BTX - teacher_BTX.repeat(K, 1, 1), weight_MX)
     return error_BTM.float().square().sum() / (K * scale)
 
 
-def _attend(scaling: float, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> Tensor:
+def _truncated(query_BHTD: Tensor, exact: States, projected: Projected, scaling: float) -> Tensor:
+    """Causal attention on truncated keys and values, all but the recent ones.  [-> BTX]"""
+    truncated = States(*projected(exact.key_BGTD, exact.value_BGTD))
+    if not projected.recent:
+        return _causal(query_BHTD, truncated, scaling)
+    out_BHTD = attend_near_exact(
+        query_BHTD, exact, truncated, None, recent=projected.recent, scaling=scaling
+    )
+    return out_BHTD.transpose(1, 2).flatten(2)
+
+
+def _causal(query_BHTD: Tensor, states: States, scaling: float) -> Tensor:
     """Causal attention with the heads side by side.  [-> BTX]"""
-    J = query_BHTD.shape[1] // key_BGTD.shape[1]
-    key, value = (x.repeat_interleave(J, dim=1) for x in (key_BGTD, value_BGTD))
+    J = query_BHTD.shape[1] // states.key_BGTD.shape[1]
+    key, value = (x.repeat_interleave(J, dim=1) for x in (states.key_BGTD, states.value_BGTD))
     out_BHTD = F.scaled_dot_product_attention(query_BHTD, key, value, is_causal=True, scale=scaling)
     return out_BHTD.transpose(1, 2).flatten(2)
 

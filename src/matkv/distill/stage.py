@@ -26,7 +26,7 @@ from matkv.distill.bases import Bases, rank_axes, sizes_of
 from matkv.distill.checkpoints import last_checkpoint, own_randomness, remove_checkpoints
 from matkv.distill.config import DistillConfig
 from matkv.distill.end_to_end import DistillTrainer, Probe, train_end_to_end, training_arguments
-from matkv.distill.examples import Examples, TrainingSet, as_example, collate
+from matkv.distill.examples import Examples, TrainingSet, as_example, collate, longest_of
 from matkv.distill.local import fit_locally
 from matkv.distill.student import Student
 from matkv.errors import TrainingError
@@ -67,6 +67,7 @@ def distill(
     artifact.check(geometry_of(model.config), fingerprint(model))
     if artifact.lora is not None:
         raise TrainingError("the artifact has adapters already: start from the one before it")
+    _check_recent(artifact.recent if config.recent is None else config.recent, examples)
     resume_from = last_checkpoint(checkpoints) if resume and checkpoints else None
     with TemporaryDirectory() as spare, _borrowed(model, config), Interrupt() as interrupt:
         folder = checkpoints or Path(spare)
@@ -104,6 +105,7 @@ class _Run:
             self.bases,
             data,
             config,
+            recent=self.recent,
             interrupt=self.interrupt,
             on_progress=self.on_progress,
         )
@@ -197,6 +199,16 @@ class _Run:
         budgets = self.config.probe_budgets
         rungs = dict(zip(budgets, uniform_rungs(self._axes(), budgets), strict=True))
         return Probe(collate(_first(held_out)), rungs)
+
+
+def _check_recent(recent: int, examples: Examples) -> None:
+    """Make sure that some token is truncated, so that there is something to learn."""
+    longest = longest_of(examples)
+    if recent and 0 < longest <= recent + 1:
+        raise TrainingError(
+            f"recent {recent} keeps all of every sequence exact, the longest has {longest} tokens: "
+            "give longer sequences or a smaller recent"
+        )
 
 
 def _first(examples: Examples) -> list[dict[str, Tensor]]:
