@@ -152,7 +152,7 @@ def make_starts(model: PreTrainedModel, windows_NT: Tensor) -> dict[str, Artifac
 
 
 def identity(bases: SideBases) -> SideBases:
-    eye_GDD = torch.eye(bases.energy_GD.shape[1]).expand_as(bases.maps.encode_GDD).clone()
+    eye_GDD = torch.eye(bases.energy_GD.shape[1]).expand_as(bases.maps.encode_XDD).clone()
     return SideBases(Maps.orthogonal(eye_GDD), bases.energy_GD)
 
 
@@ -180,7 +180,7 @@ def off_orthogonal(artifact: Artifact) -> float:
     worst = 0.0
     for sides in artifact.bases.values():
         for bases in sides.values():
-            encode_GDD = bases.maps.encode_GDD.double()
+            encode_GDD = bases.maps.encode_XDD.double()
             eye_DD = torch.eye(encode_GDD.shape[-1], dtype=torch.float64)
             worst = max(worst, float((encode_GDD.mT @ encode_GDD - eye_DD).norm(dim=(1, 2)).max()))
     return worst

@@ -139,7 +139,7 @@ def _of_artifact(artifact: Artifact) -> dict[str, Any]:
     for layer in artifact.geometry.growing:
         for side in SIDES:
             maps, energy_GD = artifact.maps(layer, side), artifact.bases[layer][side].energy_GD
-            parts += map(_bytes, (maps.encode_GDD, maps.decode_GDD, energy_GD))
+            parts += map(_bytes, (maps.encode_XDD, maps.decode_XDD, energy_GD))
             numbers += energy_GD[:, : energy_GD.shape[1] // 2].sum(-1).tolist()
     if artifact.lora is not None:
         parts += [_bytes(tensor) for _, tensor in sorted(artifact.lora.tensors.items())]

@@ -40,14 +40,14 @@ def quick(**changes: Any) -> DistillConfig:
 
 
 def off_orthogonal(maps: Maps) -> float:
-    basis_GDD = maps.encode_GDD
+    basis_GDD = maps.encode_XDD
     eye_DD = torch.eye(basis_GDD.shape[-1])
     return float(torch.linalg.matrix_norm(basis_GDD.mT @ basis_GDD - eye_DD).max())
 
 
 def same_bases(one: Artifact, other: Artifact) -> bool:
     return all(
-        torch.equal(one.maps(layer, side).encode_GDD, other.maps(layer, side).encode_GDD)
+        torch.equal(one.maps(layer, side).encode_XDD, other.maps(layer, side).encode_XDD)
         for layer in one.geometry.growing
         for side in SIDES
     )

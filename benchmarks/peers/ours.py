@@ -139,7 +139,7 @@ def turned(maps: Maps, ranks: LayerRanks) -> list[tuple[Tensor, Tensor]]:
     """Encoding and decoding maps of every head at its rank, [DR], turned by one random rotation."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
-    for encode_DD, decode_DD, rank in zip(maps.encode_GDD, maps.decode_GDD, ranks, strict=True):
+    for encode_DD, decode_DD, rank in zip(maps.encode_XDD, maps.decode_XDD, ranks, strict=True):
         if rank == 0:
             pairs.append((encode_DD[:, :0], decode_DD[:, :0]))
             continue
@@ -169,7 +169,7 @@ class QuantizedLatents(Projected):
             else [
                 (encode_DD[:, :rank], decode_DD[:, :rank])
                 for encode_DD, decode_DD, rank in zip(
-                    one.encode_GDD, one.decode_GDD, its_ranks, strict=True
+                    one.encode_XDD, one.decode_XDD, its_ranks, strict=True
                 )
             ]
             for one, its_ranks in zip(maps, ranks, strict=True)

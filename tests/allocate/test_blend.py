@@ -6,7 +6,7 @@ import pytest
 
 from matkv.allocate.blend import SHARES, blended
 from matkv.allocate.config import Constraints
-from matkv.allocate.descent import Path, toward
+from matkv.allocate.descent import Descent, toward
 from matkv.allocate.space import Space
 from matkv.ranks import SIDES, Geometry, LayerShape, RankTable
 
@@ -15,11 +15,11 @@ GEOMETRY = Geometry(query_heads=4, layers=(SHAPE, SHAPE))
 BUDGETS = (0.75, 0.5, 0.25)
 
 
-def searched(constraints: Constraints) -> Path:
+def searched(constraints: Constraints) -> Descent:
     """A path that empties unit after unit."""
     space = Space.of(GEOMETRY, constraints)
     drops = [i for i, unit in enumerate(space.units) for _ in unit.ladder[1:]]
-    return Path(space, tuple(drops))
+    return Descent(space, tuple(drops))
 
 
 def spread(table: RankTable) -> float:
@@ -62,7 +62,7 @@ def test_with_no_share_ranks_are_equal_and_with_all_of_it_those_searched() -> No
 
 
 def test_drops_go_first_where_ranks_lie_furthest_above_their_aims() -> None:
-    path = Path(Space.of(GEOMETRY, Constraints(step=8)))
+    path = Descent(Space.of(GEOMETRY, Constraints(step=8)))
     aims = [16.0] * 7 + [0.0]
     drops = toward(path, aims, 1 - 2 / 16)
     assert drops == [7, 7]

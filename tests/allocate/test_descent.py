@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from matkv.allocate.config import Constraints
-from matkv.allocate.descent import Path, descend, uniform_path
+from matkv.allocate.descent import Descent, descend, uniform_descent
 from matkv.allocate.space import Space
 from matkv.errors import BudgetError, RankError
 from matkv.ranks import SIDES, Geometry, LayerShape, RankTable
@@ -53,9 +53,9 @@ def _widths(ladder: Sequence[int]) -> list[int]:
     return [above - below for above, below in itertools.pairwise(ladder)]
 
 
-def full_path(constraints: Constraints, seed: int = 0) -> Path:
+def full_path(constraints: Constraints, seed: int = 0) -> Descent:
     space = Space.of(GEOMETRY, constraints)
-    path = Path(space)
+    path = Descent(space)
     costs = random_costs(space, seed, convex=False)
     return path.extended(descend(path, costs, space.smallest))
 
@@ -111,7 +111,7 @@ def test_steps_go_down_from_the_head_dim_to_the_lowest_rank() -> None:
 def test_convex_costs_give_the_cheapest_table_of_every_size() -> None:
     space = Space.of(SMALL, Constraints(step=1))
     costs = random_costs(space, 3, convex=True)
-    path = Path(space)
+    path = Descent(space)
     path = path.extended(descend(path, costs, 0.01))
     cheapest: dict[int, float] = {}
     for levels in itertools.product(*(range(len(unit.ladder)) for unit in space.units)):
@@ -125,22 +125,22 @@ def test_convex_costs_give_the_cheapest_table_of_every_size() -> None:
 def test_a_cheap_drop_behind_a_dear_one_is_seen() -> None:
     space = Space.of(SMALL, Constraints(step=2, protected=(1,)))
     costs = [[0.0, 3.0, 3.1], [0.0, 2.0, 4.0]]
-    assert descend(Path(space), costs, 0.75) == [0, 0]
+    assert descend(Descent(space), costs, 0.75) == [0, 0]
 
 
 def test_reach_limits_one_unit() -> None:
     space = Space.of(SMALL, Constraints(step=1))
     costs = [[0.0] * 5, *[[0.0, 9.0, 18.0, 27.0, 36.0]] * 3]
-    assert descend(Path(space), costs, 0.75) == [0, 0, 0, 0]
-    drops = descend(Path(space), costs, 0.75, reach=0.4)
+    assert descend(Descent(space), costs, 0.75) == [0, 0, 0, 0]
+    drops = descend(Descent(space), costs, 0.75, reach=0.4)
     assert drops.count(0) == 2 and len(drops) == 4
 
 
 def test_descending_twice_equals_descending_once() -> None:
     space = Space.of(GEOMETRY, Constraints(step=1))
     costs = random_costs(space, 5, convex=True)
-    once = Path(space).extended(descend(Path(space), costs, 0.3))
-    half = Path(space).extended(descend(Path(space), costs, 0.6))
+    once = Descent(space).extended(descend(Descent(space), costs, 0.3))
+    half = Descent(space).extended(descend(Descent(space), costs, 0.6))
     rest = [
         [c - one[level] for c in one[level:]]
         for one, level in zip(costs, half.levels(), strict=True)
@@ -149,7 +149,7 @@ def test_descending_twice_equals_descending_once() -> None:
 
 
 def test_uniform_tables_have_one_rank() -> None:
-    path = uniform_path(Space.of(GEOMETRY, Constraints(step=3)))
+    path = uniform_descent(Space.of(GEOMETRY, Constraints(step=3)))
     ranks = [{rank for *_, rank in path.table(n).growing_ranks()} for n in path.counts()]
     assert ranks == [{12}, {9}, {6}, {3}, {0}]
     assert path.table(path.count_for(0.6)) == RankTable.uniform(GEOMETRY, 0.6, step=3)
@@ -201,9 +201,9 @@ def test_constraints_that_do_not_fit_the_model_are_named() -> None:
 def test_a_path_checks_its_drops() -> None:
     space = Space.of(SMALL, Constraints(step=2))
     with pytest.raises(RankError, match="dropped 3 times"):
-        Path(space, (0, 0, 0))
+        Descent(space, (0, 0, 0))
     with pytest.raises(RankError, match="unit 9"):
-        Path(space, (9,))
+        Descent(space, (9,))
 
 
 def test_ranks_stop_at_the_smallest_trained_unless_told_otherwise() -> None:

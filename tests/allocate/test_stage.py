@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import matkv
 from matkv.allocate.config import AllocateConfig, Constraints
-from matkv.allocate.descent import Path
+from matkv.allocate.descent import Descent
 from matkv.allocate.divergence import Gated, Text, add_teacher, measure, measure_changes, take_text
 from matkv.allocate.fisher import Sensitivity, expand
 from matkv.allocate.rounds import Progress, gated_projections
@@ -103,7 +103,7 @@ def test_changes_measured_from_shared_states_are_those_measured_alone(
     family: Tiny, batched: int
 ) -> None:
     space = Space.of(family.geometry, Constraints(step=5))
-    text, path = text_of(family), Path(space, (0, 3, 3))
+    text, path = text_of(family), Descent(space, (0, 3, 3))
     changes: dict[int, list[RankTable]] = {}
     for index, unit in enumerate(space.units):
         changes.setdefault(unit.layer, []).append(path.extended([index]).table())
@@ -219,7 +219,7 @@ def test_estimates_rank_small_drops_as_true_kl_does(llama: Tiny) -> None:
     text = text_of(llama)
     sensitivity = expanded(llama, text, RankTable.full(llama.geometry), samples=8)
     estimates = [costs[1] for costs in sensitivity.costs(space, space.top)]
-    true = [measured(llama, text, Path(space, (i,)).table()) for i in range(len(space.units))]
+    true = [measured(llama, text, Descent(space, (i,)).table()) for i in range(len(space.units))]
     ranks = torch.tensor([estimates, true]).argsort().argsort().float()
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.8
 
@@ -271,7 +271,7 @@ def test_tables_hold_their_budgets_and_are_nested(gemma3: Tiny, method: Any, ste
         assert all(2 <= below[3] <= above[3] for above, below in pairs)
 
 
-def test_one_run_gives_the_whole_curve_and_survives_saving(llama: Tiny, tmp_path: FilePath) -> None:
+def test_one_run_gives_the_whole_curve_and_survives_saving(llama: Tiny, tmp_path: Path) -> None:
     made = allocate(llama.model, llama.artifact, BATCHES, AllocateConfig(**SMALL))
     assert sorted(made.tables) == [eighth / 8 for eighth in range(1, 8)]
     assert Artifact.load(made.save(tmp_path / "run")).tables == made.tables
@@ -325,7 +325,7 @@ def test_an_error_limit_that_nothing_holds_is_an_error(llama: Tiny) -> None:
 
 @pytest.mark.parametrize("config", [FISHER, GREEDY], ids=["fisher", "greedy"])
 def test_a_search_goes_on_where_it_was_cut_off(
-    llama: Tiny, tmp_path: FilePath, config: AllocateConfig, caplog: pytest.LogCaptureFixture
+    llama: Tiny, tmp_path: Path, config: AllocateConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole: list[Progress] = []
     expected = allocate(llama.model, llama.artifact, BATCHES, config, on_progress=whole.append)
@@ -355,7 +355,7 @@ def test_a_search_goes_on_where_it_was_cut_off(
     assert [one.rounds for one in rest] == [one.rounds for one in whole][2:]
 
 
-def test_the_state_of_another_search_is_refused(llama: Tiny, tmp_path: FilePath) -> None:
+def test_the_state_of_another_search_is_refused(llama: Tiny, tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
     allocate(llama.model, llama.artifact, BATCHES, FISHER, state=state)
     other = AllocateConfig(**SMALL, budgets=(0.75, 0.5, 0.25), seed=1)

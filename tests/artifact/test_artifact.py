@@ -65,8 +65,8 @@ def assert_equal(one: Artifact, other: Artifact) -> None:
     for layer in one.bases:
         for side in SIDES:
             mine, theirs = one.bases[layer][side], other.bases[layer][side]
-            assert torch.equal(mine.maps.encode_GDD, theirs.maps.encode_GDD)
-            assert torch.equal(mine.maps.decode_GDD, theirs.maps.decode_GDD)
+            assert torch.equal(mine.maps.encode_XDD, theirs.maps.encode_XDD)
+            assert torch.equal(mine.maps.decode_XDD, theirs.maps.decode_XDD)
             assert mine.maps.is_orthogonal == theirs.maps.is_orthogonal
             assert torch.equal(mine.energy_GD, theirs.energy_GD)
 
@@ -395,8 +395,8 @@ def test_a_process_killed_while_saving_leaves_an_artifact_whole(
         was_cut_between_renames = not run.exists()
         survivor = Artifact.load(run)
         is_new = (
-            survivor.bases[1]["key"].maps.encode_GDD[0, 0, 0]
-            == (make(1).bases[1]["key"].maps.encode_GDD[0, 0, 0])
+            survivor.bases[1]["key"].maps.encode_XDD[0, 0, 0]
+            == (make(1).bases[1]["key"].maps.encode_XDD[0, 0, 0])
         )
         assert_equal(survivor, make(1) if is_new else make())
         assert (run / "results" / "eval.json").read_text() == "{}"

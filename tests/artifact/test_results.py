@@ -51,7 +51,7 @@ def test_a_digest_tells_bases_and_tables_apart() -> None:
     artifact = tiny("llama").artifact
     layer = next(iter(artifact.bases))
     maps = artifact.maps(layer, "key")
-    turned = replace(maps, encode_GDD=-maps.encode_GDD)
+    turned = replace(maps, encode_XDD=-maps.encode_XDD)
     sides = dict(artifact.bases[layer])
     sides["key"] = replace(sides["key"], maps=turned)
     other = replace(artifact, bases={**artifact.bases, layer: sides})

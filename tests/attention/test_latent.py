@@ -73,7 +73,7 @@ def masks(queries: int) -> dict[str, Tensor | None]:
 def truncated(states_BGTD: Tensor, maps: Any, ranks: LayerRanks) -> Tensor:
     """Full-width states with what the ranks drop taken away."""
     heads = [
-        states_BGTD[:, g] @ maps.encode_GDD[g, :, :r] @ maps.decode_GDD[g, :, :r].T
+        states_BGTD[:, g] @ maps.encode_XDD[g, :, :r] @ maps.decode_XDD[g, :, :r].T
         for g, r in enumerate(ranks)
     ]
     return torch.stack(heads, dim=1)

@@ -34,8 +34,8 @@ def train(
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = (learned().encode_GDD - target_XDD)[..., :half].square().sum()
-        loss = loss + (learned().decode_GDD - target_XDD)[..., :half].square().sum()
+        loss = (learned().encode_XDD - target_XDD)[..., :half].square().sum()
+        loss = loss + (learned().decode_XDD - target_XDD)[..., :half].square().sum()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -46,8 +46,8 @@ def train(
 def test_training_starts_exactly_at_the_given_maps(kind: Parametrization) -> None:
     basis_XDD = some_basis()
     maps = LearnedMaps(Maps.orthogonal(basis_XDD), kind)()
-    assert torch.equal(maps.encode_GDD, basis_XDD)
-    assert torch.equal(maps.decode_GDD, basis_XDD)
+    assert torch.equal(maps.encode_XDD, basis_XDD)
+    assert torch.equal(maps.decode_XDD, basis_XDD)
 
 
 @pytest.mark.parametrize("kind", PARAMETRIZATIONS)
@@ -62,19 +62,19 @@ def test_it_learns_from_the_start(kind: Parametrization) -> None:
 def test_bases_stay_orthogonal(kind: Parametrization) -> None:
     learned = LearnedMaps(Maps.orthogonal(some_basis()), kind)
     train(learned, some_basis().flip(-1), steps=100)
-    before = learned().encode_GDD.detach()
+    before = learned().encode_XDD.detach()
     assert off_orthogonal(before) < 1e-4
     maps = learned.export()
     assert maps.is_orthogonal
-    assert off_orthogonal(maps.encode_GDD) < 2e-6
-    torch.testing.assert_close(maps.encode_GDD, before, atol=1e-4, rtol=0)
+    assert off_orthogonal(maps.encode_XDD) < 2e-6
+    torch.testing.assert_close(maps.encode_XDD, before, atol=1e-4, rtol=0)
 
 
 def test_large_turns_stay_orthogonal_at_large_sizes() -> None:
     learned = LearnedMaps(Maps.orthogonal(some_basis(4, 128)), "cayley")
     with torch.no_grad():
         learned.lower_XP.normal_(std=3.0, generator=torch.Generator().manual_seed(1))
-    assert off_orthogonal(learned.export().encode_GDD) < 1e-5
+    assert off_orthogonal(learned.export().encode_XDD) < 1e-5
 
 
 def test_free_maps_learn_two_different_ones() -> None:
@@ -83,8 +83,8 @@ def test_free_maps_learn_two_different_ones() -> None:
         learned.encode_XDD.add_(1)
     maps = learned.export()
     assert not maps.is_orthogonal
-    torch.testing.assert_close(maps.encode_GDD, some_basis() + 1)
-    torch.testing.assert_close(maps.decode_GDD, some_basis())
+    torch.testing.assert_close(maps.encode_XDD, some_basis() + 1)
+    torch.testing.assert_close(maps.decode_XDD, some_basis())
 
 
 @pytest.mark.parametrize("kind", ORTHOGONAL)
@@ -92,9 +92,9 @@ def test_autocast_does_not_cost_precision(kind: Parametrization) -> None:
     learned = LearnedMaps(Maps.orthogonal(some_basis()), kind)
     with torch.no_grad():
         learned.lower_XP.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-    plain = learned().encode_GDD
+    plain = learned().encode_XDD
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(learned().encode_GDD, plain)
+        assert torch.equal(learned().encode_XDD, plain)
 
 
 def test_an_orthogonal_kind_refuses_free_maps() -> None:

@@ -42,8 +42,8 @@ ALL_MAPS = [
 
 @pytest.mark.parametrize("maps", ALL_MAPS)
 def test_maps_are_each_others_inverse_in_fp32(maps: Maps) -> None:
-    assert maps.encode_GDD.dtype == maps.decode_GDD.dtype == torch.float32
-    assert largest_difference(maps.encode_GDD @ maps.decode_GDD.mT, torch.eye(DIM)) < 1e-5
+    assert maps.encode_XDD.dtype == maps.decode_XDD.dtype == torch.float32
+    assert largest_difference(maps.encode_XDD @ maps.decode_XDD.mT, torch.eye(DIM)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_maps_are_each_others_inverse_in_fp32(maps: Maps) -> None:
     ids=["key-pca", "value-pca", "key-query", "value-output"],
 )
 def test_a_basis_diagonalizes_its_moment_largest_first(maps: Maps, moment: Tensor) -> None:
-    rotated_GDD = maps.encode_GDD.mT @ moment @ maps.encode_GDD
+    rotated_GDD = maps.encode_XDD.mT @ moment @ maps.encode_XDD
     energy_GD = rotated_GDD.diagonal(dim1=-2, dim2=-1)
     scale = float(energy_GD.max())
     assert largest_difference(rotated_GDD, torch.diag_embed(energy_GD)) < 1e-5 * scale
@@ -86,7 +86,7 @@ def test_energy_is_a_share() -> None:
 
 def test_bases_do_not_depend_on_the_units_of_keys_and_queries() -> None:
     scaled = LayerMoments(MOMENTS.key * 100, MOMENTS.query / 7, MOMENTS.value, MOMENTS.output)
-    once, again = key_maps(MOMENTS, "query").encode_GDD, key_maps(scaled, "query").encode_GDD
+    once, again = key_maps(MOMENTS, "query").encode_XDD, key_maps(scaled, "query").encode_XDD
     overlap_GDD = (once.mT @ again).abs()
     assert largest_difference(overlap_GDD, torch.eye(DIM)) < 1e-4
 
@@ -95,5 +95,5 @@ def test_a_silent_head_gets_a_basis_all_the_same() -> None:
     zero = torch.zeros(1, DIM, DIM)
     silent = LayerMoments(zero, zero, zero, zero)
     for maps in (key_maps(silent, "query"), value_maps(silent, "output")):
-        assert largest_difference(maps.encode_GDD @ maps.encode_GDD.mT, torch.eye(DIM)) < 1e-6
+        assert largest_difference(maps.encode_XDD @ maps.encode_XDD.mT, torch.eye(DIM)) < 1e-6
         assert bool(column_energy(zero, maps).isfinite().all())

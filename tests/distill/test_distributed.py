@@ -64,7 +64,7 @@ def learn(folder: Path) -> Found:
         checkpoints=checkpoints,
         on_progress=keep,
     )
-    bases = [made.maps(layer, side).encode_GDD for layer in made.geometry.growing for side in SIDES]
+    bases = [made.maps(layer, side).encode_XDD for layer in made.geometry.growing for side in SIDES]
     return {"losses": losses, "bases": torch.stack(bases)}
 
 

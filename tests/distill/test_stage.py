@@ -62,7 +62,7 @@ def test_every_parametrization_trains_saves_and_loads(
     for layer in made.geometry.growing:
         for side in SIDES:
             maps = Artifact.load(tmp_path / "run").maps(layer, side)
-            assert not torch.equal(maps.encode_GDD, llama.artifact.maps(layer, side).encode_GDD)
+            assert not torch.equal(maps.encode_XDD, llama.artifact.maps(layer, side).encode_XDD)
             if kind != "free":
                 assert off_orthogonal(maps) < 1e-5
             energy = made.bases[layer][side].energy_GD

@@ -34,7 +34,7 @@ def test_orthogonal_maps_are_one_tensor_and_their_own_inverse() -> None:
     assert KEY.is_orthogonal
     assert not VALUE.is_orthogonal
     for maps in (KEY, VALUE):
-        assert largest_difference(maps.encode_GDD @ maps.decode_GDD.mT, torch.eye(DIM)) < 1e-5
+        assert largest_difference(maps.encode_XDD @ maps.decode_XDD.mT, torch.eye(DIM)) < 1e-5
 
 
 @pytest.mark.parametrize(("key_ranks", "value_ranks"), TABLES)
@@ -47,8 +47,8 @@ def test_rows_are_the_leading_coordinates_of_every_head(
     order = projection.order.tolist()
     for bucket, rows_BNTC in zip(projection.buckets, rows, strict=True):
         for place, head in enumerate(order[bucket.heads]):
-            z_key = key_BGTD[:, head] @ KEY.encode_GDD[head, :, : key_ranks[head]]
-            z_value = value_BGTD[:, head] @ VALUE.encode_GDD[head, :, : value_ranks[head]]
+            z_key = key_BGTD[:, head] @ KEY.encode_XDD[head, :, : key_ranks[head]]
+            z_value = value_BGTD[:, head] @ VALUE.encode_XDD[head, :, : value_ranks[head]]
             torch.testing.assert_close(rows_BNTC[:, place], torch.cat((z_key, z_value), -1))
     assert sorted(order) == list(range(HEADS))
 

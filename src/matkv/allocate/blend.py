@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from matkv.allocate.descent import Path, toward
+from matkv.allocate.descent import Descent, toward
 from matkv.allocate.space import Space, Unit
 from matkv.ranks import RankTable
 
@@ -18,14 +18,14 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def blended(
-    path: Path, budgets: Iterable[float], loss: Callable[[RankTable], float]
-) -> tuple[Path, dict[float, float]]:
+    path: Descent, budgets: Iterable[float], loss: Callable[[RankTable], float]
+) -> tuple[Descent, dict[float, float]]:
     """A path through the best blend at every budget, and how far each goes from equal ranks.
 
     From the largest budget down, every share in turn leads from the table before to the ranks that
     lie so far between; the one with the smallest `loss` stays. All tables remain nested.
     """
-    blend, shares = Path(path.space), {}
+    blend, shares = Descent(path.space), {}
     for budget in sorted(budgets, reverse=True):
         count = path.count_for(budget)
         if count is None:

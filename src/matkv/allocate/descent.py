@@ -17,7 +17,7 @@ from matkv.ranks import RankTable
 
 
 @dataclass(frozen=True)
-class Path:
+class Descent:
     """A search's result: the unit that shrinks by one level, drop by drop.
 
     `stops` lists the numbers of drops after which there is a table to use; None for every number.
@@ -47,7 +47,7 @@ class Path:
     def table(self, count: int | None = None) -> RankTable:
         return self.space.table(self.levels(count))
 
-    def extended(self, drops: Sequence[int]) -> Path:
+    def extended(self, drops: Sequence[int]) -> Descent:
         return replace(self, drops=(*self.drops, *drops))
 
     def until(self, budget: float, drops: list[int]) -> list[int]:
@@ -92,18 +92,18 @@ class Path:
         return None if good < 0 else counts[good]
 
 
-def uniform_path(space: Space) -> Path:
+def uniform_descent(space: Space) -> Descent:
     """All units shrink together: a table after every whole round."""
     drops: list[int] = []
     stops = [0]
     for level in range(1, max(len(unit.ladder) for unit in space.units)):
         drops += [index for index, unit in enumerate(space.units) if level < len(unit.ladder)]
         stops.append(len(drops))
-    return Path(space, tuple(drops), tuple(stops))
+    return Descent(space, tuple(drops), tuple(stops))
 
 
 def descend(
-    path: Path, costs: Sequence[Sequence[float]], budget: float, *, reach: float = 1.0
+    path: Descent, costs: Sequence[Sequence[float]], budget: float, *, reach: float = 1.0
 ) -> list[int]:
     """Cheapest drops per column until `budget` holds, for costs that add up over units.
 
@@ -127,7 +127,7 @@ def descend(
     return path.until(budget, drops)
 
 
-def toward(path: Path, ranks: Sequence[float], budget: float) -> list[int]:
+def toward(path: Descent, ranks: Sequence[float], budget: float) -> list[int]:
     """Drops until `budget` holds, first of the units that lie furthest above their `ranks`."""
     steps: list[tuple[float, int]] = []
     units = zip(path.space.units, path.levels(), ranks, strict=True)

@@ -217,7 +217,7 @@ def set_gates(gated: Gated, table: RankTable, layer: int | None = None) -> None:
     """Open the columns that `table` keeps, in one layer or in all."""
     for index, projection in gated.items():
         if layer is None or index == layer:
-            gate = projection.key_maps.encode_GDD
+            gate = projection.key_maps.encode_XDD
             dim, device = gate.shape[-1], gate.device
             projection.key_gate = rank_gate(table.key[index], dim).to(device)
             projection.value_gate = rank_gate(table.value[index], dim).to(device)

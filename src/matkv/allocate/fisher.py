@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from matkv.allocate.descent import Path, descend
+from matkv.allocate.descent import Descent, descend
 from matkv.allocate.divergence import Gated, Piece, Text, reduced, set_gates
 from matkv.allocate.space import Levels, Space, Unit
 from matkv.logits import row_blocks
@@ -95,7 +95,7 @@ def expand(
     kl_N = torch.zeros(N, dtype=torch.float64, device=device)
     grads: dict[tuple[int, Side], Tensor] = {}
     for layer, projection in gated.items():
-        G, D = projection.key_maps.encode_GDD.shape[:2]
+        G, D = projection.key_maps.encode_XDD.shape[:2]
         for side in SIDES:
             grads[layer, side] = torch.zeros(N, samples + 1, G, D, device=device)
     with _frozen(model):
@@ -207,7 +207,7 @@ REACH = 4
 MEMORY, FADING = 4, 0.5
 
 
-def fisher_drops(path: Path, recent: Sequence[Sensitivity], *, expansions: int) -> list[int]:
+def fisher_drops(path: Descent, recent: Sequence[Sensitivity], *, expansions: int) -> list[int]:
     """The cheapest drops to the next mark, by expansions of the KL where the path stands.
 
     One expansion at full rank would not do: the error of a drop grows with those of all the others,

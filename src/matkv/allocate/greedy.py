@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from matkv.allocate.descent import Path
+from matkv.allocate.descent import Descent
 from matkv.allocate.divergence import Gated, Text, measure_changes
 from matkv.ranks import RankTable
 
 
 def greedy_round(
-    model: PreTrainedModel, gated: Gated, text: Text, path: Path, *, drops: int, batched: int
+    model: PreTrainedModel, gated: Gated, text: Text, path: Descent, *, drops: int, batched: int
 ) -> tuple[list[int], float]:
     """Measure the KL of every single drop and take the cheapest per column.
 

@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path as FilePath
+from functools import partial
+from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from matkv.allocate.blend import blended
 from matkv.allocate.config import AllocateConfig
-from matkv.allocate.descent import Path, uniform_path
+from matkv.allocate.descent import Descent, uniform_descent
 from matkv.allocate.divergence import Gated, Text, add_teacher, joined
 from matkv.allocate.fisher import MEMORY, Sensitivity, expand, fisher_drops
 from matkv.allocate.greedy import greedy_round
@@ -30,7 +30,6 @@ from matkv.allocate.state import Round, SearchState
 from matkv.allocate.verify import Verifier
 from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import GatedProjection
-from matkv.bases.maps import Maps
 from matkv.hf.function import handled
 from matkv.hf.geometry import attention_modules
 from matkv.progress import Interrupt
@@ -72,15 +71,15 @@ class Rounds:
 
     def run(
         self,
-        path: Path,
+        path: Descent,
         lowest: float,
-        state: str | FilePath | None,
+        state: str | Path | None,
         on_progress: OnProgress | None,
-    ) -> tuple[Path, bool]:
+    ) -> tuple[Descent, bool]:
         """`path` down to the budget `lowest`, and whether an interrupt cut it short."""
         if self.config.method == "uniform":
-            return uniform_path(path.space), False
-        rounds = SearchState(FilePath(state) if state is not None else None, self._digest())
+            return uniform_descent(path.space), False
+        rounds = SearchState(Path(state) if state is not None else None, self._digest())
         path = path.extended(rounds.drops)
         begun, started = path.table().budget, time.perf_counter()
 
@@ -105,7 +104,7 @@ class Rounds:
                     return path, True
         return path, False
 
-    def blend(self, path: Path, budgets: Sequence[float]) -> tuple[Path, dict[float, float]]:
+    def blend(self, path: Descent, budgets: Sequence[float]) -> tuple[Descent, dict[float, float]]:
         """`path` drawn towards equal ranks, by the loss on the last texts of the search."""
         count = -(-self.config.held_out_tokens // self.config.search_tokens)
         text = joined(self.texts[-count:])
@@ -114,7 +113,7 @@ class Rounds:
     def verifier(self, text: Text) -> Verifier:
         return Verifier(self.model, self.gated, text, self.student, self.loss_weights)
 
-    def _advance(self, path: Path, rounds: SearchState) -> Path:
+    def _advance(self, path: Descent, rounds: SearchState) -> Descent:
         """One round further."""
         since = time.perf_counter()
         if self.config.method == "greedy":
@@ -124,7 +123,7 @@ class Rounds:
         rounds.add(drops, kl, time.perf_counter() - since)
         return path.extended(drops)
 
-    def _greedy(self, path: Path) -> tuple[list[int], float]:
+    def _greedy(self, path: Descent) -> tuple[list[int], float]:
         text, config = self.texts[0], self.config
         add_teacher(self.model, text)
         with self.student():
@@ -132,7 +131,7 @@ class Rounds:
                 self.model, self.gated, text, path, drops=config.drops, batched=config.batched
             )
 
-    def _fisher(self, path: Path, rounds: Sequence[Round]) -> tuple[list[int], float]:
+    def _fisher(self, path: Descent, rounds: Sequence[Round]) -> tuple[list[int], float]:
         """Expand where the path stands; after a resume also where it stood in the last rounds."""
         index = len(rounds)
         recent: dict[int, Sensitivity] = {}
@@ -181,7 +180,7 @@ class Rounds:
         tensors = [piece.ids_BT for text in self.texts for piece in text.pieces]
         for projection in self.gated.values():
             for maps in (projection.key_maps, projection.value_maps):
-                tensors += [maps.encode_GDD.float(), maps.decode_GDD.float()]
+                tensors += [maps.encode_XDD.float(), maps.decode_XDD.float()]
         if self.lora is not None:
             tensors += [self.lora.tensors[name].float() for name in sorted(self.lora.tensors)]
         for tensor in tensors:
@@ -195,13 +194,8 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     gated = {}
     for layer in artifact.geometry.growing:
         device = next(modules[layer].parameters()).device
-        key, value = (_moved(artifact.maps(layer, side), device) for side in SIDES)
+        key, value = (
+            artifact.maps(layer, side).changed(partial(Tensor.to, device=device)) for side in SIDES
+        )
         gated[layer] = GatedProjection(key, value, recent=artifact.recent)
     return gated
-
-
-def _moved(maps: Maps, device: torch.device) -> Maps:
-    encode_GDD = maps.encode_GDD.to(device)
-    if maps.is_orthogonal:
-        return Maps.orthogonal(encode_GDD)
-    return Maps(encode_GDD, maps.decode_GDD.to(device))

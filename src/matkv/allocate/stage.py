@@ -17,12 +17,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from matkv.allocate.config import AllocateConfig
-from matkv.allocate.descent import Path
+from matkv.allocate.descent import Descent
 from matkv.allocate.divergence import Batch, Text, take_text
 from matkv.allocate.rounds import OnProgress, Rounds
 from matkv.allocate.space import TINY, Space
@@ -41,7 +41,7 @@ def allocate(
     batches: Iterable[Batch],
     config: AllocateConfig | None = None,
     *,
-    state: str | FilePath | None = None,
+    state: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Artifact:
     """A copy of `artifact` with rank tables by budget, searched on `batches`.
@@ -70,7 +70,7 @@ def allocate(
     model.eval()
     try:
         rounds = Rounds(model, artifact, texts, config)
-        path, interrupted = rounds.run(Path(space), min(budgets), state, on_progress)
+        path, interrupted = rounds.run(Descent(space), min(budgets), state, on_progress)
         shares: dict[float, float] = {}
         if config.method == "fisher" and config.blend and not interrupted:
             path, shares = rounds.blend(path, budgets)
@@ -126,7 +126,7 @@ def _texts(
     return held_out, texts
 
 
-def _tables(path: Path, budgets: Iterable[float]) -> dict[float, RankTable]:
+def _tables(path: Descent, budgets: Iterable[float]) -> dict[float, RankTable]:
     """The table of every budget that the path reaches."""
     counts = {budget: path.count_for(budget) for budget in budgets}
     return {budget: path.table(n) for budget, n in counts.items() if n is not None}

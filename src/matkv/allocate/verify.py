@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 from transformers import PreTrainedModel
 
-from matkv.allocate.descent import Path, uniform_path
+from matkv.allocate.descent import Descent, uniform_descent
 from matkv.allocate.divergence import Divergence, Gated, Text, add_teacher, measure
 from matkv.allocate.space import TINY, Space
 from matkv.errors import BudgetError
@@ -54,7 +54,7 @@ class Verifier:
             "kl": found.kl,
             "perplexity_increase": found.perplexity_increase,
         }
-        uniform = uniform_path(space)
+        uniform = uniform_descent(space)
         count = uniform.count_for(budget)
         if count is None or uniform.table(count) == table:
             return entry
@@ -65,7 +65,7 @@ class Verifier:
             logger.warning("at budget %g uniform ranks are better: search on more text", budget)
         return entry
 
-    def smallest(self, path: Path, error: str, limit: float) -> RankTable:
+    def smallest(self, path: Descent, error: str, limit: float) -> RankTable:
         """The smallest table on the path whose `error`, a field of `Divergence`, is within `limit`.
 
         Raises:

@@ -147,9 +147,9 @@ class Artifact:
         for layer, sides in self.bases.items():
             for side, bases in sides.items():
                 name = f"layers.{layer}.{side}"
-                tensors[f"{name}.encode"] = plain(bases.maps.encode_GDD)
+                tensors[f"{name}.encode"] = plain(bases.maps.encode_XDD)
                 if not bases.maps.is_orthogonal:
-                    tensors[f"{name}.decode"] = plain(bases.maps.decode_GDD)
+                    tensors[f"{name}.decode"] = plain(bases.maps.decode_XDD)
                 tensors[f"{name}.energy"] = plain(bases.energy_GD)
         save_tensors(tensors, directory / BASES)
         if self.lora is not None:
@@ -229,7 +229,7 @@ def digest(artifact: Artifact) -> str:
         for side in SIDES:
             maps = sides[side].maps
             total.update(f"{layer}.{side}".encode())
-            for map_GDD in (maps.encode_GDD, maps.decode_GDD):
+            for map_GDD in (maps.encode_XDD, maps.decode_XDD):
                 total.update(map_GDD.detach().cpu().float().contiguous().numpy().tobytes())
     if artifact.lora is not None:
         for name, tensor in sorted(artifact.lora.tensors.items()):

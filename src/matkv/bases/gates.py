@@ -49,7 +49,7 @@ class GatedProjection(Projected):
     def __init__(self, key: Maps, value: Maps, *, recent: int = 0) -> None:
         super().__init__(recent)
         self.key_maps, self.value_maps = key, value
-        self.key_gate = self.value_gate = key.encode_GDD.new_ones(key.encode_GDD.shape[:2])
+        self.key_gate = self.value_gate = key.encode_XDD.new_ones(key.encode_XDD.shape[:2])
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         return gated(self.key_maps, self.key_gate), gated(self.value_maps, self.value_gate)
@@ -57,8 +57,8 @@ class GatedProjection(Projected):
 
 def gated(maps: Maps, gate_XD: Tensor) -> Tensor:
     """encode diag(gate) decode^T.  [..., G, D -> ..., G, D, D]"""
-    gate_XD = gate_XD.to(maps.encode_GDD.dtype)
-    return (maps.encode_GDD * gate_XD[..., None, :]) @ maps.decode_GDD.mT
+    gate_XD = gate_XD.to(maps.encode_XDD.dtype)
+    return (maps.encode_XDD * gate_XD[..., None, :]) @ maps.decode_XDD.mT
 
 
 def rank_gate(ranks: LayerRanks, dim: int) -> Tensor:

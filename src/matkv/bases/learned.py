@@ -42,10 +42,10 @@ class LearnedMaps(nn.Module):
     def __init__(self, start: Maps, kind: Parametrization) -> None:
         super().__init__()
         self.kind: Parametrization = kind
-        matrices, dim = start.encode_GDD.shape[:2]
-        self.register_buffer("start_XDD", start.encode_GDD.float(), persistent=False)
+        matrices, dim = start.encode_XDD.shape[:2]
+        self.register_buffer("start_XDD", start.encode_XDD.float(), persistent=False)
         if kind == "free":
-            self.register_buffer("decode_start_XDD", start.decode_GDD.float(), persistent=False)
+            self.register_buffer("decode_start_XDD", start.decode_XDD.float(), persistent=False)
             self.encode_XDD = nn.Parameter(torch.zeros(matrices, dim, dim))
             self.decode_XDD = nn.Parameter(torch.zeros(matrices, dim, dim))
             return
@@ -69,8 +69,7 @@ class LearnedMaps(nn.Module):
     def export(self) -> Maps:
         """The maps in fp32 on the CPU, the orthogonal ones orthogonal to rounding."""
         if self.kind == "free":
-            maps = self()
-            return Maps(maps.encode_GDD.cpu(), maps.decode_GDD.cpu())
+            return self.forward().changed(Tensor.cpu)
         lower_XDD = strict_lower(self.lower_XP.cpu().double(), self.start_XDD.shape[-1])
         basis_XDD = self.start_XDD.cpu().double() @ rotation(lower_XDD, self.kind)
         return Maps.orthogonal(nearest_orthogonal(basis_XDD).float())

@@ -75,6 +75,6 @@ def unit_trace(moment_GDD: Tensor) -> Tensor:
 
 def column_energy(moment_GDD: Tensor, maps: Maps) -> Tensor:
     """Share of the moment's energy in each column of a basis; sums to one.  [GDD -> GD]"""
-    encode_GDD = maps.encode_GDD
+    encode_GDD = maps.encode_XDD
     energy_GD = torch.einsum("gdr,gde,ger->gr", encode_GDD, moment_GDD, encode_GDD).clamp_min(0)
     return energy_GD / energy_GD.sum(-1, keepdim=True).clamp_min(TINY)

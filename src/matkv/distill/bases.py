@@ -47,9 +47,9 @@ class Bases(nn.Module):
         for layer in artifact.geometry.growing:
             for side in SIDES:
                 maps = artifact.maps(layer, side)
-                heads, dim = maps.encode_GDD.shape[:2]
+                heads, dim = maps.encode_XDD.shape[:2]
                 group = found.setdefault(str(dim), [])
-                inside = sum(len(one.encode_GDD) for one in group)
+                inside = sum(len(one.encode_XDD) for one in group)
                 self.places[layer, side] = (
                     str(dim),
                     slice(inside, inside + heads),
@@ -77,32 +77,27 @@ class Bases(nn.Module):
         learned = {dim: group.export() for dim, group in self.groups.items()}  # type: ignore[operator]
         layers: dict[int, dict[Side, Maps]] = {}
         for (layer, side), (dim, rows, _) in self.places.items():
-            layers.setdefault(layer, {})[side] = _pick(learned[dim], rows)
+            heads = learned[dim].changed(lambda x_XDD, rows=rows: x_XDD[rows].clone())
+            layers.setdefault(layer, {})[side] = heads
         return layers
 
 
 def truncated(maps: Maps, sizes_BX: Tensor) -> Tensor:
     """encode diag(gate) decode^T with the first `sizes` gates open.  [XDD, BX -> BXDD]"""
-    column_D = torch.arange(maps.encode_GDD.shape[-1], device=sizes_BX.device)
+    column_D = torch.arange(maps.encode_XDD.shape[-1], device=sizes_BX.device)
     return gated(maps, column_D < sizes_BX[..., None])
 
 
-def _stack(found: list[Maps]) -> Maps:
-    encode_XDD = torch.cat([maps.encode_GDD for maps in found])
-    if all(maps.is_orthogonal for maps in found):
+def _stack(maps: list[Maps]) -> Maps:
+    encode_XDD = torch.cat([heads.encode_XDD for heads in maps])
+    if all(heads.is_orthogonal for heads in maps):
         return Maps.orthogonal(encode_XDD)
-    return Maps(encode_XDD, torch.cat([maps.decode_GDD for maps in found]))
-
-
-def _pick(maps: Maps, rows: slice) -> Maps:
-    if maps.is_orthogonal:
-        return Maps.orthogonal(maps.encode_GDD[rows].clone())
-    return Maps(maps.encode_GDD[rows].clone(), maps.decode_GDD[rows].clone())
+    return Maps(encode_XDD, torch.cat([heads.decode_XDD for heads in maps]))
 
 
 def _digest(stacks: dict[str, Maps]) -> str:
     total = hashlib.sha256()
     for maps in stacks.values():
-        for map_XDD in (maps.encode_GDD, maps.decode_GDD):
+        for map_XDD in (maps.encode_XDD, maps.decode_XDD):
             total.update(map_XDD.detach().cpu().float().contiguous().numpy().tobytes())
     return total.hexdigest()

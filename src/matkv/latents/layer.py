@@ -71,7 +71,7 @@ class LayerProjection(nn.Module):
         recent: int = 0,
     ) -> None:
         super().__init__()
-        heads, dim = key.encode_GDD.shape[:2]
+        heads, dim = key.encode_XDD.shape[:2]
         for ranks in (key_ranks, value_ranks):
             if len(ranks) != heads or not all(0 <= rank <= dim for rank in ranks):
                 raise RankError(f"ranks {ranks} do not fit {heads} KV heads of dimension {dim}")
@@ -143,7 +143,7 @@ def per_head(x_BGXY: Tensor, map_GYZ: Tensor) -> Tensor:
 
 
 def _picked(maps: Maps, order: list[int]) -> Maps:
-    return Maps(maps.encode_GDD[order], maps.decode_GDD[order])
+    return Maps(maps.encode_XDD[order], maps.decode_XDD[order])
 
 
 def _buckets(pairs: list[tuple[int, int]]) -> list[Bucket]:
@@ -158,13 +158,13 @@ def _buckets(pairs: list[tuple[int, int]]) -> list[Bucket]:
 
 
 def _row_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
-    new, (G, D, _) = key.encode_GDD.new_zeros, key.encode_GDD.shape
+    new, (G, D, _) = key.encode_XDD.new_zeros, key.encode_XDD.shape
     C = max(map(sum, pairs))
     M = min(C, max(map(max, pairs)) + SPARE)
     encode_GDC, query_GDM, output_GMD = new(G, 2 * D, C), new(G, D, M), new(G, M, D)
     for g, (r_key, r_value) in enumerate(pairs):
-        encode_GDC[g, :D, :r_key] = key.encode_GDD[g, :, :r_key]
-        encode_GDC[g, D:, r_key : r_key + r_value] = value.encode_GDD[g, :, :r_value]
-        query_GDM[g, :, :r_key] = key.decode_GDD[g, :, :r_key]
-        output_GMD[g, M - r_value :] = value.decode_GDD[g, :, :r_value].T
+        encode_GDC[g, :D, :r_key] = key.encode_XDD[g, :, :r_key]
+        encode_GDC[g, D:, r_key : r_key + r_value] = value.encode_XDD[g, :, :r_value]
+        query_GDM[g, :, :r_key] = key.decode_XDD[g, :, :r_key]
+        output_GMD[g, M - r_value :] = value.decode_XDD[g, :, :r_value].T
     return {"encode_rows": encode_GDC, "query": query_GDM, "output": output_GMD}
