@@ -15,9 +15,10 @@ from matkv.artifact.artifact import Artifact
 from matkv.bases import moments
 from matkv.bases.maps import SideBases
 from matkv.bases.moments import KEY_BASES, VALUE_BASES, KeyBasis, LayerMoments, ValueBasis
+from matkv.data.batch import Tokens
 from matkv.errors import RankError
 from matkv.hf.geometry import fingerprint, geometry_of
-from matkv.hf.observe import Batch, OnProgress, collect_moments
+from matkv.hf.observe import OnProgress, collect_moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class CalibrateConfig:
 
 def calibrate(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Tokens],
     config: CalibrateConfig | None = None,
     *,
     on_progress: OnProgress | None = None,

@@ -45,7 +45,7 @@ def test_batches_repeat_every_text_and_mask_padding() -> None:
     batches = list(islice(text_batches(Letters(), texts, 2), 3))  # type: ignore[arg-type]
     seen = []
     for batch in batches:
-        for ids_T, mask_T in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        for ids_T, mask_T in zip(batch.ids_BT, batch.real, strict=True):
             seen.append("".join(map(chr, ids_T[mask_T.bool()].tolist())))
             assert mask_T.tolist() == sorted(mask_T.tolist(), reverse=True)
     assert sorted(seen[:3]) == sorted(texts)

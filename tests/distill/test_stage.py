@@ -16,9 +16,9 @@ import matkv
 from lessons import off_orthogonal, quick, same_bases, text
 from matkv.artifact.artifact import Artifact
 from matkv.bases.learned import PARAMETRIZATIONS, Parametrization
+from matkv.data.batch import Batch
 from matkv.distill.bases import Bases, rank_axes, sizes_of
 from matkv.distill.checkpoints import last_checkpoint
-from matkv.distill.examples import collate
 from matkv.distill.losses import LossWeights
 from matkv.distill.stage import distill
 from matkv.distill.student import Student
@@ -37,12 +37,12 @@ def test_the_loss_falls(llama: Tiny, objective: str, recent: int) -> None:
     made = distill(llama.model, llama.artifact, text(), config, on_progress=reports.append)
     axes = rank_axes(llama.artifact.geometry)
     sizes = torch.tensor(uniform_rungs(axes, (0.5,))).expand(8, 1, -1)
-    batch = collate([{"input_ids": row, "labels": row} for row in text(8)])
+    batch = Batch(text(8), labels_BT=text(8))
     losses = []
     for artifact in (llama.artifact, made):
         student = Student(llama.model, Bases(artifact, "cayley"), LossWeights(), recent=recent)
         with student.attending(), torch.no_grad():
-            losses.append(float(student(**batch, sizes=sizes)["loss"]))
+            losses.append(float(student.losses(batch, sizes)[0]))
     assert losses[1] < 0.98 * losses[0]
     stages = ["local", "end-to-end"] if objective == "both" else [objective]
     assert [*dict.fromkeys(report.stage for report in reports)] == stages

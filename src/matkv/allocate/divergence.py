@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 
 from matkv.allocate.replay import blocks_of, recorded, resumed
 from matkv.bases.gates import GatedProjection, rank_gate
+from matkv.data.batch import Batch, Tokens
 from matkv.errors import DataError
 from matkv.logits import row_blocks
 from matkv.ranks import RankTable
 
-Batch = Tensor | Mapping[str, Tensor]
 Gated = dict[int, GatedProjection]
 
 
@@ -35,28 +35,17 @@ Gated = dict[int, GatedProjection]
 class Piece:
     """One batch of the text: `first` is the index of its first sequence in the whole text.
 
-    `mask_BT` is 0 at padding. `teacher_BTV` holds the teacher's logits, in the model's own dtype,
-    where the piece belongs to this process.
+    `teacher_BTV` holds the teacher's logits, in the model's own dtype, where the piece belongs to
+    this process.
     """
 
     first: int
-    ids_BT: Tensor
-    mask_BT: Tensor
-    padded: bool
+    batch: Batch
     teacher_BTV: Tensor | None = None
 
     @property
     def rows(self) -> slice:
-        return slice(self.first, self.first + self.ids_BT.shape[0])
-
-    def inputs(self, copies: int = 1) -> dict[str, Tensor]:
-        inputs = {"input_ids": self.ids_BT.repeat(copies, 1)}
-        if self.padded:
-            mask_BT = self.mask_BT.repeat(copies, 1)
-            # Truncated keys depend on absolute positions, so padding must not shift them.
-            inputs["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp_min(0)
-            inputs["attention_mask"] = mask_BT
-        return inputs
+        return slice(self.first, self.first + len(self.batch.ids_BT))
 
 
 @dataclass(frozen=True)
@@ -67,11 +56,11 @@ class Text:
 
     @property
     def sequences(self) -> int:
-        return sum(piece.ids_BT.shape[0] for piece in self.pieces)
+        return sum(len(piece.batch.ids_BT) for piece in self.pieces)
 
     @property
     def tokens(self) -> int:
-        return sum(int(piece.mask_BT.sum()) for piece in self.pieces)
+        return sum(piece.batch.tokens for piece in self.pieces)
 
     @property
     def mine(self) -> tuple[Piece, ...]:
@@ -103,7 +92,7 @@ class Divergence:
         return float(torch.tensor(self.loss - self.teacher_loss, dtype=torch.float64).expm1())
 
 
-def take_text(batches: Iterable[Batch], tokens: int, device: torch.device, use: str) -> Text:
+def take_text(batches: Iterable[Tokens], tokens: int, device: torch.device, use: str) -> Text:
     """As many batches as hold `tokens` tokens.
 
     Raises:
@@ -111,13 +100,11 @@ def take_text(batches: Iterable[Batch], tokens: int, device: torch.device, use: 
     """
     pieces: list[Piece] = []
     count = first = 0
-    for batch in batches:
-        fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-        ids_BT = fields["input_ids"].to(device)
-        mask_BT = fields.get("attention_mask", torch.ones_like(ids_BT)).to(device)
-        pieces.append(Piece(first, ids_BT, mask_BT, not bool(mask_BT.all())))
-        first += ids_BT.shape[0]
-        count += int(mask_BT.sum())
+    for given in batches:
+        piece = Piece(first, Batch.of(given).to(device))
+        pieces.append(piece)
+        first = piece.rows.stop
+        count += piece.batch.tokens
         if count >= tokens:
             return Text(tuple(pieces))
     raise DataError(f"the text ends after {count} of {tokens} tokens to {use} on: give more text")
@@ -128,7 +115,7 @@ def joined(texts: Iterable[Text]) -> Text:
     pieces: list[Piece] = []
     for piece in (piece for text in texts for piece in text.pieces):
         first = pieces[-1].rows.stop if pieces else 0
-        pieces.append(Piece(first, piece.ids_BT, piece.mask_BT, piece.padded))
+        pieces.append(Piece(first, piece.batch))
     return Text(tuple(pieces))
 
 
@@ -138,7 +125,7 @@ def add_teacher(model: PreTrainedModel, text: Text) -> None:
     for piece in text.mine:
         if piece.teacher_BTV is not None:
             continue
-        piece.teacher_BTV = model(**piece.inputs(), use_cache=False).logits
+        piece.teacher_BTV = model(**piece.batch.inputs(), use_cache=False).logits
 
 
 @torch.inference_mode()
@@ -147,10 +134,10 @@ def measure(model: PreTrainedModel, gated: Gated, text: Text, table: RankTable) 
     set_gates(gated, table)
     sums_N3 = torch.zeros(text.sequences, 3, dtype=torch.float64, device=model.device)
     for piece in text.mine:
-        logits_BTV = model(**piece.inputs(), use_cache=False).logits
+        logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
         sums_N3[piece.rows] = _sums(logits_BTV, piece)
     kl, loss, teacher_loss = (reduced(sums_N3).sum(0)).tolist()
-    targets = sum(int(_target_mask(piece.mask_BT).sum()) for piece in text.pieces)
+    targets = sum(int(_target_mask(piece.batch.real).sum()) for piece in text.pieces)
     return Divergence(kl / text.tokens, loss / targets, teacher_loss / targets)
 
 
@@ -176,7 +163,7 @@ def measure_changes(
     for piece in text.mine:
         set_gates(gated, table)
         with recorded(blocks) as outputs:
-            logits_BTV = model(**piece.inputs(), use_cache=False).logits
+            logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
         kl_NC[piece.rows, 0] = _sums(logits_BTV, piece)[:, 0]
         column = 1
         for layer in order:
@@ -200,7 +187,7 @@ def _kl_of_tables(
     tables: Sequence[RankTable],
 ) -> Tensor:
     """Summed KL of every sequence under every table; only blocks from `layer` on are run.  [BC]"""
-    B, C = piece.ids_BT.shape[0], len(tables)
+    B, C = len(piece.batch.ids_BT), len(tables)
     projection = gated[layer]
     dim = projection.key_gate.shape[-1]
     for side in ("key", "value"):
@@ -208,7 +195,7 @@ def _kl_of_tables(
         gate_BGD = gate_CGD.repeat_interleave(B, 0).to(model.device)
         setattr(projection, f"{side}_gate", gate_BGD)
     with resumed(blocks, outputs, layer, C):
-        logits = model(**piece.inputs(C), use_cache=False).logits
+        logits = model(**piece.batch.inputs(C), use_cache=False).logits
     parts = [_sums(part_BTV, piece)[:, 0] for part_BTV in logits.split(B)]
     return torch.stack(parts, dim=1)
 
@@ -245,7 +232,7 @@ def _sums(logits_BTV: Tensor, piece: Piece) -> Tensor:
     assert piece.teacher_BTV is not None
     sums = []
     for student_TV, teacher_TV, ids_T, mask_T in zip(
-        logits_BTV, piece.teacher_BTV, piece.ids_BT, piece.mask_BT, strict=True
+        logits_BTV, piece.teacher_BTV, piece.batch.ids_BT, piece.batch.real, strict=True
     ):
         target_T = F.pad(ids_T[1:], (0, 1))
         wanted_T = F.pad(_target_mask(mask_T), (0, 1))

@@ -121,8 +121,8 @@ def _differentiate(
 
     At S = 0 stands the gradient of the KL, then that of each sampled log-likelihood.
     """
-    gates = _open(gated, piece.ids_BT.shape[0])
-    logits_BTV = model(**piece.inputs(), use_cache=False).logits
+    gates = _open(gated, len(piece.batch.ids_BT))
+    logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
     fixed_BTV = logits_BTV.detach()
     kl_B, toward_BTV = _toward_teacher(fixed_BTV, piece)
     for sample in range(samples + 1):
@@ -141,11 +141,11 @@ def _differentiate(
 def _toward_teacher(logits_BTV: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """Summed KL of every sequence, and its gradient by the student's logits.  [B], [BTV]"""
     assert piece.teacher_BTV is not None
-    toward_BTV, kl_B = torch.empty_like(logits_BTV), []
+    toward_BTV, real_BT, kl_B = torch.empty_like(logits_BTV), piece.batch.real, []
     for row, (student_TV, teacher_TV) in enumerate(zip(logits_BTV, piece.teacher_BTV, strict=True)):
         kl = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
         for rows in row_blocks(student_TV):
-            mask_R1 = piece.mask_BT[row, rows, None]
+            mask_R1 = real_BT[row, rows, None]
             log_q_RV = student_TV[rows].float().log_softmax(-1)
             log_p_RV = teacher_TV[rows].float().log_softmax(-1)
             p_RV = log_p_RV.exp()
@@ -157,7 +157,7 @@ def _toward_teacher(logits_BTV: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
 
 def _toward_samples(logits_BTV: Tensor, piece: Piece, generator: torch.Generator) -> Tensor:
     """Gradient of the log-likelihood of labels drawn from the logits, by the logits."""
-    toward_BTV = torch.empty_like(logits_BTV)
+    toward_BTV, real_BT = torch.empty_like(logits_BTV), piece.batch.real
     for row, logits_TV in enumerate(logits_BTV):
         height_T1 = torch.rand(len(logits_TV), 1, generator=generator, device=logits_TV.device)
         for rows in row_blocks(logits_TV):
@@ -167,7 +167,7 @@ def _toward_samples(logits_BTV: Tensor, piece: Piece, generator: torch.Generator
             labels_R1 = labels_R1.clamp_max(summed_RV.shape[-1] - 1)
             one_R1 = torch.ones_like(labels_R1, dtype=probability_RV.dtype)
             residual_RV = probability_RV.neg_().scatter_add_(-1, labels_R1, one_R1)
-            residual_RV.mul_(piece.mask_BT[row, rows, None])
+            residual_RV.mul_(real_BT[row, rows, None])
             toward_BTV[row, rows] = residual_RV.to(toward_BTV.dtype)
     return toward_BTV
 

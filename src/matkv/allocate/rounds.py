@@ -177,7 +177,7 @@ class Rounds:
         digest = hashlib.sha256(json.dumps(settings).encode())
         for projection in self.gated.values():
             digest.update(str(projection.recent).encode())
-        tensors = [piece.ids_BT for text in self.texts for piece in text.pieces]
+        tensors = [piece.batch.ids_BT for text in self.texts for piece in text.pieces]
         for projection in self.gated.values():
             for maps in (projection.key_maps, projection.value_maps):
                 tensors += [maps.encode_XDD.float(), maps.decode_XDD.float()]

@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.descent import Descent
-from matkv.allocate.divergence import Batch, Text, take_text
+from matkv.allocate.divergence import Text, take_text
 from matkv.allocate.rounds import OnProgress, Rounds
 from matkv.allocate.space import TINY, Space
 from matkv.allocate.verify import own_budget
 from matkv.artifact.artifact import Artifact
+from matkv.data.batch import Tokens
 from matkv.errors import DataError
 from matkv.hf.geometry import fingerprint, geometry_of
 from matkv.ranks import RankTable
@@ -38,7 +39,7 @@ EIGHTHS = tuple(eighth / 8 for eighth in range(7, 0, -1))
 def allocate(
     model: PreTrainedModel,
     artifact: Artifact,
-    batches: Iterable[Batch],
+    batches: Iterable[Tokens],
     config: AllocateConfig | None = None,
     *,
     state: str | Path | None = None,
@@ -112,7 +113,7 @@ def _budgets(space: Space, config: AllocateConfig) -> tuple[float, ...]:
 
 
 def _texts(
-    model: PreTrainedModel, batches: Iterable[Batch], config: AllocateConfig
+    model: PreTrainedModel, batches: Iterable[Tokens], config: AllocateConfig
 ) -> tuple[Text, list[Text]]:
     """Held-out text, and one text or more to search on."""
     source = iter(batches)

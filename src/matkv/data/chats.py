@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from matkv.data.batch import IGNORED
 from matkv.errors import DataError
 from matkv.files import read_json_lines
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-IGNORED = -100  # a label that does not count, as everywhere in transformers
 
 
 def read_chats(path: str | Path) -> list[Messages]:

@@ -1,19 +1,16 @@
-"""Tasks as text to search on: every training item with its right answer.
-
-Shapes: B sequence, T token.
-"""
+"""Tasks as text to search on: every training item with its right answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from matkv.data.batch import Batch
 from matkv.data.task_items import load_tasks
 from matkv.errors import DataError
 
@@ -54,25 +51,16 @@ def _solved(task: Any, doc: Any) -> str:
 
 def text_batches(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int, *, seed: int = 0
-) -> Iterator[dict[str, Tensor]]:
-    """The texts in a random order again and again, padded: `input_ids`, `attention_mask` [BT].
+) -> Iterator[Batch]:
+    """The texts in a random order again and again, padded.
 
     Raises:
         DataError: there is no text.
     """
-    if not texts:
+    rows = [torch.tensor(ids) for text in texts if (ids := tokenizer(text).input_ids)]
+    if not rows:
         raise DataError("there is no text to search on: give tasks with training items")
-    rows = [torch.tensor(tokenizer(text).input_ids) for text in texts]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     endless = cycle(rows[index] for index in order)
     while True:
-        yield _padded([next(endless) for _ in range(batch_size)])
-
-
-def _padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    T = max(len(row) for row in rows)
-    ids_BT = torch.zeros(len(rows), T, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), T, dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids_BT[b, : len(row)], mask_BT[b, : len(row)] = row, 1
-    return {"input_ids": ids_BT, "attention_mask": mask_BT}
+        yield Batch.padded(list(islice(endless, batch_size)))

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.import_utils import is_accelerate_available
 
 from matkv.bases.learned import ADAM_EPSILON
+from matkv.data.batch import Batch
 from matkv.distill.checkpoints import check_same_run, like, own_randomness, whole
 from matkv.distill.config import DistillConfig
 from matkv.distill.examples import TrainingSet, collate
@@ -244,7 +245,7 @@ class Watch(TrainerCallback):
 class Probe:
     """Held-out sequences and the uniform budgets to measure the loss at."""
 
-    batch: dict[str, Tensor]
+    batch: Batch
     rungs: dict[float, Sizes]
 
     @torch.no_grad()
@@ -252,11 +253,8 @@ class Probe:
         """Loss a token at every budget."""
         device = next(student.parameters()).device
         sizes_KX = torch.tensor(list(self.rungs.values()))
-        sizes_BKX = sizes_KX.expand(len(self.batch["input_ids"]), -1, -1)
-        batch = {name: tensor.to(device) for name, tensor in self.batch.items()}
-        loss_K, count = student.losses(
-            batch["input_ids"], batch["labels"], sizes_BKX.to(device), batch.get("attention_mask")
-        )
+        sizes_BKX = sizes_KX.expand(len(self.batch.ids_BT), -1, -1)
+        loss_K, count = student.losses(self.batch.to(device), sizes_BKX.to(device))
         return dict(zip(self.rungs, (loss_K / max(1, count)).tolist(), strict=True))
 
 

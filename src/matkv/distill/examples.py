@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from matkv.data.chats import IGNORED
+from matkv.data.batch import IGNORED, Batch
 from matkv.errors import DataError
 from matkv.schedule import Schedule
 
@@ -99,20 +99,18 @@ def as_example(example: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": example["input_ids"], "labels": labels_T}
 
 
+def as_batch(items: Sequence[Mapping[str, Tensor]]) -> Batch:
+    """Examples side by side."""
+    return Batch.padded([item["input_ids"] for item in items], [item["labels"] for item in items])
+
+
 def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch, padded on the right where lengths differ.  [BT], [BT], [BKX] and a mask [BT]"""
-    longest = max(len(item["input_ids"]) for item in items)
-    batch = {
-        "input_ids": torch.stack([_padded(item["input_ids"], longest, 0) for item in items]),
-        "labels": torch.stack([_padded(item["labels"], longest, IGNORED) for item in items]),
+    """What the Trainer hands to the student: a batch, and the sizes drawn for it [BKX]."""
+    batch = as_batch(items)
+    fields = {
+        "input_ids": batch.ids_BT,
+        "labels": batch.labels_BT,
+        "attention_mask": batch.mask_BT,
+        "sizes": torch.stack([item["sizes"] for item in items]),
     }
-    if "sizes" in items[0]:
-        batch["sizes"] = torch.stack([item["sizes"] for item in items])
-    if any(len(item["input_ids"]) < longest for item in items):
-        ones = [torch.ones_like(item["input_ids"]) for item in items]
-        batch["attention_mask"] = torch.stack([_padded(one, longest, 0) for one in ones])
-    return batch
-
-
-def _padded(x_T: Tensor, length: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(x_T, (0, length - len(x_T)), value=value)
+    return {name: tensor for name, tensor in fields.items() if tensor is not None}

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from matkv.attention.truncated import States, attend_near_exact
 from matkv.bases.gates import Projected
 from matkv.bases.learned import ADAM_EPSILON
+from matkv.data.batch import Batch
 from matkv.distill.bases import Bases
 from matkv.distill.config import DistillConfig
-from matkv.distill.examples import TrainingSet
+from matkv.distill.examples import TrainingSet, as_batch
 from matkv.errors import TrainingError
 from matkv.hf.function import handled
 from matkv.hf.geometry import attention_modules, geometry_of, output_projection
@@ -58,17 +59,12 @@ class Recorder:
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """What one step fits: `picks` of the recorded sequences, at ranks `sizes_BKX`."""
+    """What one step fits: `picks` of the recorded sequences, a `batch`, at ranks `sizes_BKX`."""
 
     recorders: dict[int, Recorder]
     picks: list[int]
-    lengths_B: Tensor
+    batch: Batch
     sizes_BKX: Tensor
-
-    def keep(self) -> Tensor:
-        """1 at the sequences' tokens, 0 after their end.  [BT]"""
-        position_T = torch.arange(int(self.lengths_B.max()))
-        return (position_T < self.lengths_B[:, None]).float()
 
 
 def fit_locally(
@@ -100,7 +96,7 @@ def fit_locally(
         optimizer.step()
         optimizer.zero_grad()
         decay.step()
-        tokens = spent.tokens + int(batch.lengths_B.sum())
+        tokens = spent.tokens + batch.batch.tokens
         spent = Spent(step, tokens, time.perf_counter() - started)
         if on_progress is not None:
             on_progress(_progress(spent, config.local_steps, loss))
@@ -134,13 +130,13 @@ def _batches(
         count = max(size, min(wanted, room))
         items += [data.example(first + index) for index in range(1, count)]
         recorders = _record(model, items)
-        lengths_N = torch.tensor([len(item["input_ids"]) for item in items])
         for _ in range(config.local_reuse):
             order: list[int] = torch.randperm(count, generator=generator).tolist()
             for start in range(0, count - size + 1, size):
                 drawn = [data.sizes(step * size + index) for index in range(size)]
                 picks = order[start : start + size]
-                yield LocalBatch(recorders, picks, lengths_N[picks], torch.stack(drawn))
+                batch = as_batch([items[index] for index in picks])
+                yield LocalBatch(recorders, picks, batch, torch.stack(drawn))
                 step += 1
                 if step == config.local_steps:
                     return
@@ -168,7 +164,7 @@ def _backward(bases: Bases, modules: list[nn.Module], batch: LocalBatch, recent:
     for layer, recorder in batch.recorders.items():
         product = Projected(recent)
         product.key, product.value = leaves[layer, "key"], leaves[layer, "value"]
-        keep_BT = batch.keep().to(device, next(modules[layer].parameters()).dtype)
+        keep_BT = batch.batch.real.to(device, next(modules[layer].parameters()).dtype)
         loss = layer_loss(modules[layer], product, *recorder.pick(batch.picks), keep_BT)
         (loss / len(batch.recorders)).backward()
         total += float(loss.detach()) / len(batch.recorders)

@@ -26,7 +26,7 @@ from matkv.distill.bases import Bases, rank_axes, sizes_of
 from matkv.distill.checkpoints import last_checkpoint, own_randomness, remove_checkpoints
 from matkv.distill.config import DistillConfig
 from matkv.distill.end_to_end import DistillTrainer, Probe, train_end_to_end, training_arguments
-from matkv.distill.examples import Examples, TrainingSet, as_example, collate, longest_of
+from matkv.distill.examples import Examples, TrainingSet, as_batch, as_example, longest_of
 from matkv.distill.local import fit_locally
 from matkv.distill.student import Student
 from matkv.errors import TrainingError
@@ -198,7 +198,7 @@ class _Run:
             return None
         budgets = self.config.probe_budgets
         rungs = dict(zip(budgets, uniform_rungs(self._axes(), budgets), strict=True))
-        return Probe(collate(_first(held_out)), rungs)
+        return Probe(as_batch(_first(held_out)), rungs)
 
 
 def _check_recent(recent: int, examples: Examples) -> None:

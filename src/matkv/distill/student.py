@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from matkv.bases.gates import Projected
-from matkv.data.chats import IGNORED
+from matkv.data.batch import IGNORED, Batch
 from matkv.distill.adapters import Adapters
 from matkv.distill.bases import Bases
 from matkv.distill.losses import LossWeights, chunk_size, distillation_loss
@@ -82,24 +82,22 @@ class Student(nn.Module):
 
         With `num_items_in_batch` the sum over labels is divided by that number instead of theirs.
         """
-        loss_K, count = self.losses(input_ids, labels, sizes, attention_mask)
+        loss_K, count = self.losses(Batch(input_ids, attention_mask, labels), sizes)
         return {"loss": loss_K.mean() / (num_items_in_batch or max(1, count))}
 
-    def losses(
-        self, input_ids: Tensor, labels: Tensor, sizes_BKX: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, int]:
+    def losses(self, batch: Batch, sizes_BKX: Tensor) -> tuple[Tensor, int]:
         """Each draw's summed loss [K], and the number of labels that count."""
-        K = sizes_BKX.shape[1]
-        index_N = (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
-        label_N = labels[:, 1:].flatten()[index_N]
+        assert batch.labels_BT is not None
+        K, label_X = sizes_BKX.shape[1], batch.labels_BT[:, 1:].flatten()
+        index_N = (label_X != IGNORED).nonzero()[:, 0]
+        label_N = label_X[index_N]
         self._project(None)
         with torch.no_grad(), self.adapters.off() if self.adapters else nullcontext():
-            (teacher_NM,) = self._hidden(input_ids, attention_mask, index_N)
+            (teacher_NM,) = self._hidden(batch, index_N)
         # The K draws form one batch, so that the projections stay the same until the backward pass
         # has run the layers again.
         self._project(self.bases(sizes_BKX.transpose(0, 1).flatten(0, 1)))
-        many_mask = None if attention_mask is None else attention_mask.repeat(K, 1)
-        student_KNM = self._hidden(input_ids.repeat(K, 1), many_mask, index_N, K)
+        student_KNM = self._hidden(batch, index_N, K)
         vocabulary = self.model.config.get_text_config().vocab_size
         loss_K = distillation_loss(
             self.model.get_output_embeddings(),
@@ -111,12 +109,9 @@ class Student(nn.Module):
         )
         return loss_K, len(label_N)
 
-    def _hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, index_N: Tensor, draws: int = 1
-    ) -> Tensor:
+    def _hidden(self, batch: Batch, index_N: Tensor, draws: int = 1) -> Tensor:
         """Last hidden states of the positions whose next token counts.  [KNM]"""
-        decoder = self.model.get_decoder()
-        out = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        out = self.model.get_decoder()(**batch.inputs(draws), use_cache=False)
         hidden_KXM = out.last_hidden_state[:, :-1].unflatten(0, (draws, -1)).flatten(1, 2)
         hidden_KNM: Tensor = hidden_KXM.index_select(1, index_N)
         return hidden_KNM

@@ -5,7 +5,7 @@ Shapes: B batch, H query head, G KV head, T token, D head dim."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from matkv.bases.maps import Maps
 from matkv.bases.moments import LayerMoments, column_energy
+from matkv.data.batch import Batch, Tokens
 from matkv.errors import DataError, UnsupportedModelError
 from matkv.hf.function import handled
 from matkv.hf.geometry import attention_modules, geometry_of, output_projection
 from matkv.ranks import LayerShape, Side
-
-Batch = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ OnProgress = Callable[[Progress], None]
 @torch.inference_mode()
 def collect_moments(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Tokens],
     *,
     skip_first: int = 0,
     on_progress: OnProgress | None = None,
@@ -59,10 +58,11 @@ def collect_moments(
     try:
         model.eval()
         with handled(model, recorders):
-            for batch in batches:
-                counter.start(batch, model.device, skip_first)
-                if counter.inputs["input_ids"].numel():
-                    decoder(**counter.inputs, use_cache=False)
+            for tokens in batches:
+                batch = Batch.of(tokens).to(model.device)
+                counter.start(batch, skip_first)
+                if batch.ids_BT.numel():
+                    decoder(**batch.inputs(), use_cache=False)
                 if on_progress is not None:
                     on_progress(Progress(counter.tokens, time.perf_counter() - started))
     finally:
@@ -82,22 +82,12 @@ class _Counter:
 
     def __init__(self) -> None:
         self.tokens = self.kept = 0
-        self.inputs: dict[str, Tensor] = {}
         self.keep_BT: Tensor | None = None
 
-    def start(self, batch: Batch, device: torch.device, skip_first: int) -> None:
-        fields = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        self.inputs = {
-            name: fields[name].to(device)
-            for name in ("input_ids", "attention_mask")
-            if name in fields
-        }
-        ids_BT = self.inputs["input_ids"]
-        real_BT = self.inputs.get("attention_mask", torch.ones_like(ids_BT)).bool()
+    def start(self, batch: Batch, skip_first: int) -> None:
+        real_BT = batch.real.bool()
         keep_BT = real_BT & (real_BT.cumsum(-1) > skip_first)
-        if "attention_mask" in self.inputs:  # positions count real tokens, as generation has them
-            self.inputs["position_ids"] = (real_BT.cumsum(-1) - 1).clamp_min(0)
-        self.tokens += int(real_BT.sum())
+        self.tokens += batch.tokens
         self.kept += int(keep_BT.sum())
         self.keep_BT = None if bool(keep_BT.all()) else keep_BT
 
