@@ -42,8 +42,8 @@ class Batch:
         ids_BT, mask_BT = fields.get("input_ids"), fields.get("attention_mask")
         if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.is_floating_point():
             raise DataError(
-                f"a batch is {_described(tokens if ids_BT is None else ids_BT)}: give token ids [sequences, tokens], or a "
-                "mapping with input_ids and attention_mask"
+                f"a batch is {_described(tokens if ids_BT is None else ids_BT)}: give token ids "
+                "[sequences, tokens], or a mapping with input_ids and attention_mask"
             )
         if mask_BT is not None and mask_BT.shape != ids_BT.shape:
             raise DataError(
