@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matkv.artifact import results
 from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.results import Kind, Results
 from matkv.ranks import RankTable, digest_of
 from matkv.report.pictures.theme import Picture
 
@@ -57,7 +57,8 @@ def fill(run: Path, *, worse: float = 1.0, tables: bool = True) -> Artifact:
         "samples": samples(artifact),
     }
     for kind, rows in kinds.items():
-        results.save_rows(run, kind, [{**row, "made": MADE} for row in rows], sorted(rows[0]))
+        keys = tuple(sorted(rows[0]))
+        Results(run, Kind(kind, keys)).put([{**row, "made": MADE} for row in rows])
     return artifact
 
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import matkv
 from matkv import data
 from matkv.artifact.artifact import Artifact
-from matkv.artifact.results import Store
-from matkv.evaluate import needles, tasks, texts
-from matkv.evaluate.positions import POSITIONS_KEYS, positions
-from matkv.hf.attach import Caches
+from matkv.artifact.results import Results
+from matkv.artifact.setting import FULL, Setting
+from matkv.benchmark import decode
+from matkv.evaluate import needles, samples, tasks, texts
+from matkv.evaluate.positions import POSITIONS, positions
 from pages import (
     GUIDE,
     PAGES,
@@ -136,16 +137,14 @@ def test_the_artifact_page_lists_the_fields_that_are_saved(llama: Tiny, tmp_path
 def test_the_artifact_page_lists_what_makes_a_row_one_of_its_kind() -> None:
     page = (ROOT / "docs" / "artifact.md").read_text(encoding="utf-8")
     section = page.partition("## results/")[2].partition("\n## ")[0]
-    common = re.findall(r"`(\w+)`", " ".join(re.findall(r"(?m)^\| (`[^|]+) \| ", section)[:5]))
-    kinds = {
-        texts.KIND: texts.KEYS,
-        tasks.KIND: tasks.KEYS,
-        needles.NEEDLE: needles.NEEDLE_KEYS,
-        needles.POSITIONS: POSITIONS_KEYS,
-    }
-    for kind, keys in kinds.items():
-        (row,) = re.findall(rf"(?m)^\| `{kind}` \|.*$", section)
-        assert sorted([*common, *re.findall(r"\*\*`(\w+)`", row)]) == sorted(keys), kind
+    common = re.findall(r"`(\w+)`", " ".join(re.findall(r"(?m)^\| (`[^|]+) \| ", section)[:6]))
+    kinds = (
+        texts.PERPLEXITY, tasks.TASKS, needles.NEEDLE, POSITIONS, decode.BENCHMARK, samples.SAMPLES,
+    )  # fmt: skip
+    for kind in kinds:
+        (row,) = re.findall(rf"(?m)^\| `{kind.name}` \|.*$", section)
+        own = re.findall(r"\*\*`(\w+)`", row)
+        assert sorted([*common, *own]) == sorted([*kind.keys, "uniform"]), kind
 
 
 def test_the_artifact_page_lists_all_fields_of_a_row(desk: Path) -> None:
@@ -153,14 +152,13 @@ def test_the_artifact_page_lists_all_fields_of_a_row(desk: Path) -> None:
     model, tokenizer = matkv.load_model("model")
     windows = data.text_windows(tokenizer, [TEXT], 64, 128)
     run = matkv.calibrate(model, [windows]).save("run")
-    artifact = Artifact.load(run)
-    about = texts.TextConfig(text="a.txt")
-    (row,) = texts.perplexity_rows(model, artifact, windows, [0.5], about, run=run)
-    caches, store = Caches(budgets=(0.5,)), Store(run, needles.POSITIONS, ())
-    placed = positions(model, artifact, windows, "a.txt", caches, store)[-1]
-    for kind, fields in ((texts.KIND, row), (needles.POSITIONS, placed)):
-        (line,) = re.findall(rf"(?m)^\| `{kind}` \|.*$", page)
-        for name in set(fields) - {"artifact", "ranks", "budget", "sink", "recent", "dtype"}:
+    artifact, settings = Artifact.load(run), [Setting(budget=0.5)]
+    scored = Results(run, texts.PERPLEXITY)
+    (row,) = texts.perplexity_rows(model, artifact, windows, "a.txt", settings, scored)
+    placed = positions(model, artifact, windows, "a.txt", settings, Results(run, POSITIONS))[-1]
+    for kind, fields in ((texts.PERPLEXITY, row), (POSITIONS, placed)):
+        (line,) = re.findall(rf"(?m)^\| `{kind.name}` \|.*$", page)
+        for name in set(fields) - {"artifact", *FULL, "dtype"}:
             assert name == "made" or f"`{name}`" in line, f"{kind}: {name}"
 
 

@@ -14,9 +14,13 @@ import matkv
 from matkv import cli
 from matkv.artifact import results
 from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.setting import Setting
 from matkv.cache.cache import LatentCache
 from matkv.evaluate import samples
 from matkv.ranks import digest_of
+from matkv.report.page import Table
+from matkv.report.runs import read_runs
+from matkv.report.sections.speed import speed_section
 from report_rows import stub
 from tiny import save_model, tokens
 
@@ -52,7 +56,7 @@ def test_samples_are_generated_kept_and_shown(
     captured = capsys.readouterr()
     assert code == 0, captured.err
     assert json.loads(captured.out)["page"] == str(out / "index.html")
-    rows = results.load_rows(run, samples.SAMPLES)
+    rows = results.load_rows(run, "samples")
     assert [row["budget"] for row in rows] == [None, 0.5, 1.0]
     assert {row["artifact"] for row in rows} == {digest(Artifact.load(run))}
     texts = {row["budget"]: row["text"] for row in rows}
@@ -60,14 +64,20 @@ def test_samples_are_generated_kept_and_shown(
     assert "Who &lt;are&gt; you?" in (out / "index.html").read_text(encoding="utf-8")
     # Asked again they take the place of the old ones.
     call(monkeypatch, "report", str(run), "-o", str(out), *options, "--max-new-tokens", "6")
-    assert len(results.load_rows(run, samples.SAMPLES)) == 3
+    assert len(results.load_rows(run, "samples")) == 3
 
 
 def test_samples_are_what_generate_says(run: Path) -> None:
     artifact = Artifact.load(run)
     model, tokenizer = matkv.load_model(artifact.base_model)
     (full, half) = samples.sample_texts(
-        model, tokenizer, artifact, ["Hello"], [0.5], max_new_tokens=8
+        model,
+        tokenizer,
+        artifact,
+        [Setting(), Setting(budget=0.5)],
+        results.Results(None, samples.SAMPLES),
+        ["Hello"],
+        max_new_tokens=8,
     )
     ids = samples.chat_ids(tokenizer, [{"role": "user", "content": "Hello"}], "Hello")
     generate: Any = model.generate
@@ -107,3 +117,13 @@ def test_benchmark_keeps_its_rows_beside_the_artifact(
     assert [row["ranks"] for row in rows] == [None, None, ranks]
     assert {row["artifact"] for row in rows} == {digest(artifact)}
     assert {row["made"]["seed"] for row in rows} == {0}
+    # With other exact tokens it is another measurement: the rows before stay.
+    assert call(monkeypatch, "benchmark", str(run), *options, "--recent", "8") == 0
+    capsys.readouterr()
+    rows = [row for row in results.load_rows(run, "benchmark") if row["budget"] == 0.5]
+    assert [row["recent"] for row in rows] == [0, 8]
+    more = 8 * (artifact.table(1).bytes_per_token(torch.float32) // 2)
+    assert rows[1]["cache_bytes"] >= rows[0]["cache_bytes"] + more
+    tables = [one for one in speed_section(read_runs([run])).blocks if isinstance(one, Table)]
+    names = [line[0].text for line in tables[0].rows]
+    assert names[-2:] == ["matkv 50%", "matkv 50%, last 8 exact"]

@@ -17,14 +17,14 @@ from transformers import AutoTokenizer
 import matkv
 import matkv.evaluate.needles as needles_module
 import matkv.evaluate.positions as positions_module
-from matkv.artifact.results import Store
+from matkv.artifact.results import Results
+from matkv.artifact.setting import Setting
 from matkv.cache.cache import LatentCache
 from matkv.data.haystacks import HaystackConfig, Haystacks, Sample
 from matkv.errors import ArtifactError, BudgetError, DataError, FingerprintError
-from matkv.evaluate.needles import NEEDLE, NEEDLE_KEYS, POSITIONS, NeedleConfig, ask, needles
-from matkv.evaluate.positions import POSITIONS_KEYS, _losses, buckets, positions
+from matkv.evaluate.needles import NEEDLE, NeedleConfig, ask, needles
+from matkv.evaluate.positions import POSITIONS, _losses, buckets, positions
 from matkv.evaluate.texts import perplexity
-from matkv.hf.attach import Caches
 from matkv.logits import token_losses
 from matkv.ranks import RankTable
 from tiny import COMMON, Tiny, from_config, save_model, tokens
@@ -57,14 +57,18 @@ def subject(shared: Tiny) -> Any:
     matkv.detach(shared.model)
 
 
-def store(run: Path | None = None, **options: Any) -> Store:
-    return Store(run, NEEDLE, NEEDLE_KEYS, **options)
+def store(run: Path | None = None, **options: Any) -> Results:
+    return Results(run, NEEDLE, **options)
 
 
-def measure(subject: Tiny, tokenizer: Any, kept: Store, **changes: Any) -> list[dict[str, Any]]:
-    caches = Caches(budgets=changes.pop("budgets", (0.5,)))
+def caches(*budgets: float, **way: Any) -> list[Setting]:
+    return [Setting(budget=budget, **way) for budget in (None, *budgets)]
+
+
+def measure(subject: Tiny, tokenizer: Any, kept: Results, **changes: Any) -> list[dict[str, Any]]:
+    settings = caches(*changes.pop("budgets", (0.5,)))
     config = replace(CONFIG, **changes)
-    return needles(subject.model, tokenizer, subject.artifact, caches, config, kept)
+    return needles(subject.model, tokenizer, subject.artifact, settings, config, kept)
 
 
 # ------------------------------------------------------------------------------- retrieval
@@ -177,7 +181,7 @@ def test_rows_name_what_was_measured(subject: Tiny, tokenizer: Any, tmp_path: Pa
         subject.model,
         tokenizer,
         subject.artifact,
-        Caches(budgets=(0.5,), sink=2),
+        caches(0.5, sink=2),
         CONFIG,
         store(tmp_path),
         on_progress=seen.append,
@@ -279,7 +283,7 @@ def test_other_bad_settings_are_refused_before_any_work(
         measure(subject, tokenizer, store(), budgets=(0.5, 1.5))
     stranger = replace(subject.artifact, fingerprint=subject.artifact.fingerprint[::-1])
     with pytest.raises(FingerprintError):
-        needles(subject.model, tokenizer, stranger, Caches(budgets=(0.5,)), CONFIG, store())
+        needles(subject.model, tokenizer, stranger, caches(0.5), CONFIG, store())
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "needle.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
@@ -298,9 +302,9 @@ def test_buckets_double_up_to_the_window() -> None:
 
 def by_position(subject: Tiny, run: Path | None = None, **options: Any) -> list[dict[str, Any]]:
     windows_NT = tokens(3, 150, seed=options.pop("seed", 0))
-    kept = Store(run, POSITIONS, POSITIONS_KEYS, again=options.pop("again", False))
-    caches = Caches(budgets=(1.0, 0.25))
-    return positions(subject.model, subject.artifact, windows_NT, "text", caches, kept, **options)
+    kept = Results(run, POSITIONS, again=options.pop("again", False))
+    settings = caches(1.0, 0.25)
+    return positions(subject.model, subject.artifact, windows_NT, "text", settings, kept, **options)
 
 
 def test_positions_recombine_to_the_perplexity_of_all(subject: Tiny) -> None:
@@ -354,15 +358,15 @@ def test_positions_are_kept_and_tied_to_their_text(
 @pytest.mark.parametrize("shape", [(0, 8), (2, 1)])
 def test_too_little_text_is_refused(subject: Tiny, shape: tuple[int, int]) -> None:
     windows_NT = torch.zeros(shape, dtype=torch.int64)
-    kept = Store(None, POSITIONS, POSITIONS_KEYS)
+    kept = Results(None, POSITIONS)
     with pytest.raises(DataError, match="at least 2"):
-        positions(subject.model, subject.artifact, windows_NT, "t", Caches(budgets=()), kept)
+        positions(subject.model, subject.artifact, windows_NT, "t", caches(), kept)
 
 
 def test_windows_beyond_the_positions_are_refused(subject: Tiny) -> None:
-    kept = Store(None, POSITIONS, POSITIONS_KEYS)
+    kept = Results(None, POSITIONS)
     with pytest.raises(DataError, match="513 tokens needs 513 positions, the model has 512"):
-        positions(subject.model, subject.artifact, tokens(1, 513), "t", Caches(budgets=()), kept)
+        positions(subject.model, subject.artifact, tokens(1, 513), "t", caches(), kept)
 
 
 def test_token_losses_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

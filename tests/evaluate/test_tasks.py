@@ -15,11 +15,13 @@ from matkv.artifact import results
 from matkv.artifact.artifact import Artifact, digest
 from matkv.artifact.lora import Lora
 from matkv.artifact.records import Record
+from matkv.artifact.results import Results
+from matkv.artifact.setting import Setting
 from matkv.data.task_items import load_tasks
 from matkv.errors import BudgetError, DataError
 from matkv.evaluate.lm_eval_model import LoadedLM
 from matkv.evaluate.scores import accuracy
-from matkv.evaluate.tasks import At, TaskConfig, score_tasks
+from matkv.evaluate.tasks import TASKS, At, TaskConfig, score_tasks
 from matkv.ranks import RankTable, digest_of
 from quiz import make_run, write_tasks
 
@@ -47,17 +49,20 @@ class Scorer:
         *budgets: float | None,
         tasks: tuple[str, ...] = ("letters", "contexts"),
         artifact: Artifact | None = None,
+        again: bool = False,
         **settings: Any,
     ) -> list[Record]:
         self.seen.clear()
+        names = {"uniform", "sink", "recent"} & set(settings)
+        way = {name: settings.pop(name) for name in names}
         return score_tasks(
             self.model,
             self.tokenizer,
             artifact or self.artifact,
             load_tasks(tasks, self.folder),
-            budgets,
+            [Setting(budget=budget, **way) for budget in budgets],
             TaskConfig(**settings),
-            run=self.run,
+            Results(self.run, TASKS, again=again),
             on_progress=self.seen.append,
         )
 
@@ -124,7 +129,7 @@ def test_what_changes_an_answer_is_measured_again(score: Scorer, artifact: Artif
     assert missing(recent=2) == 1
     skewed = replace(artifact, tables={0.5: RankTable.uniform_sides(artifact.geometry, 0.25, 0.75)})
     assert missing(artifact=skewed) == 1
-    assert missing(artifact=skewed, uniform=True) == 1
+    assert missing(artifact=skewed, uniform=True) == 0  # the ranks of before the search
     other = matkv.calibrate(score.model, [torch.arange(64)[None]])
     assert missing(artifact=other) == 1
     path = score.folder / "letters.jsonl"

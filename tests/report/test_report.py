@@ -168,7 +168,7 @@ def test_rows_of_other_bases_or_ranks_are_left_out_and_counted(tmp_path: Path) -
     foreign = [{**row, "artifact": "0123456789ab"} for row in marked]
     moved = [{**row, "ranks": "fedcba987654"} for row in marked if row["budget"] == 0.5]
     keys = ("artifact", "ranks", "budget", "text")
-    results.save_rows(path, "perplexity", foreign + moved, keys)
+    results.Results(path, results.Kind("perplexity", keys)).put(foreign + moved)
     (run,) = read_runs([path])
     assert run.stale["perplexity"] == len(
         {json.dumps([r[k] for k in keys]) for r in foreign + moved}
@@ -283,7 +283,8 @@ def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
 def test_rows_with_fields_missing_are_left_out(tmp_path: Path) -> None:
     tiny("llama").artifact.save(tmp_path / "run")
     for kind in ("perplexity", "tasks", "needle", "positions", "peers", "benchmark", "samples"):
-        results.save_rows(tmp_path / "run", kind, [{"budget": 0.5}, {"budget": None}], ["budget"])
+        kept = results.Results(tmp_path / "run", results.Kind(kind, ("budget",)))
+        kept.put([{"budget": 0.5}, {"budget": None}])
     page = report([tmp_path / "run"], tmp_path / "out").read_text(encoding="utf-8")
     assert "not recorded" in page
 

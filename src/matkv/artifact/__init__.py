@@ -2,6 +2,7 @@
 
 from matkv.artifact.artifact import Artifact, digest
 from matkv.artifact.lora import Lora
-from matkv.artifact.results import load_rows, save_rows
+from matkv.artifact.results import Kind, Results, load_rows
+from matkv.artifact.setting import Setting
 
-__all__ = ["Artifact", "Lora", "digest", "load_rows", "save_rows"]
+__all__ = ["Artifact", "Kind", "Lora", "Results", "Setting", "digest", "load_rows"]

@@ -1,6 +1,91 @@
-"""How a cache was set when something was measured with it."""
+"""How a cache is set when something is measured with it, and how results say so."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import torch
+
+from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.records import Record
+from matkv.errors import MatkvError, RankError
+from matkv.ranks import RankTable, check_budget, digest_of
+
 # What a row was measured with: another row with equal values of these is the same measurement.
+# `uniform` says no more than `ranks`, which outlasts a search for other tables.
 CACHE_KEYS = ("artifact", "ranks", "budget", "sink", "recent", "dtype")
+# How every kind of row spells the full cache.
+FULL: Record = dict.fromkeys(("ranks", "budget", "uniform", "sink", "recent"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A cache at a budget, None for the full one.
+
+    `uniform` ignores stored rank tables; `sink` and `recent`, the numbers of first and last tokens
+    kept exact, are the artifact's where they are None. Without a budget it is a way to use caches,
+    to be set `at` one.
+
+    Raises:
+        BudgetError, RankError: a value is outside its range.
+    """
+
+    budget: float | None = None
+    uniform: bool = False
+    sink: int | None = None
+    recent: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            check_budget(self.budget)
+        for name, tokens in (("sink", self.sink), ("recent", self.recent)):
+            if tokens is not None and tokens < 0:
+                raise RankError(f"{name} {tokens} must be a number of tokens, 0 for none")
+
+    def __str__(self) -> str:
+        """What is special of it beside the budget; nothing of the plain one."""
+        parts = ["uniform ranks" if self.uniform else ""]
+        parts.append(f"first {self.sink} exact" if self.sink else "")
+        parts.append(f"last {self.recent} exact" if self.recent else "")
+        return ", ".join(part for part in parts if part)
+
+    def at(self, budget: float | None) -> Setting:
+        """The same at another budget."""
+        return replace(self, budget=budget)
+
+    def table(self, artifact: Artifact) -> RankTable | None:
+        """The ranks of an artifact so used; None for the full cache."""
+        return None if self.budget is None else artifact.table(self.budget, uniform=self.uniform)
+
+    def exact(self, artifact: Artifact) -> tuple[int, int]:
+        """The numbers of first and of last tokens kept exact."""
+        sink = artifact.sink if self.sink is None else self.sink
+        return sink, artifact.recent if self.recent is None else self.recent
+
+    def record(self, artifact: Artifact, dtype: torch.dtype) -> Record:
+        """What identifies the cache in results, the same fields in all of them."""
+        about = {"artifact": digest(artifact), "dtype": str(dtype).removeprefix("torch.")}
+        if self.budget is None:
+            return FULL | about
+        sink, recent = self.exact(artifact)
+        ranks = digest_of(self.table(artifact))
+        how = {"budget": self.budget, "uniform": self.uniform, "sink": sink, "recent": recent}
+        return FULL | about | how | {"ranks": ranks}
+
+
+def was_uniform(row: Record, artifact: Artifact) -> bool | None:
+    """Whether a row was measured with uniform ranks; None if with neither these nor stored ones.
+
+    Ranks that a search has replaced may be uniform ones, whatever the row says. Without tables
+    uniform ranks are all there is, and need no mention.
+    """
+    budget, ranks = row.get("budget"), row.get("ranks")
+    if budget is None or ranks is None:
+        return bool(row.get("uniform"))
+    if ranks in map(digest_of, artifact.tables.values()):
+        return False
+    try:
+        uniform = RankTable.uniform(artifact.geometry, budget)
+    except MatkvError:  # another step than the default made such a budget possible
+        return None
+    return bool(artifact.tables) and budget < 1 if ranks == digest_of(uniform) else None

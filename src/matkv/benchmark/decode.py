@@ -23,18 +23,16 @@ from transformers import (
     StaticCache,
 )
 
-from matkv.artifact.artifact import Artifact, digest
-from matkv.artifact.records import Record, made
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.results import Kind
+from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.benchmark.timing import Spread, take_turns, thread_count, transient_bytes
 from matkv.cache.cache import LatentCache, storage_nbytes
 from matkv.errors import MatkvError
 from matkv.hf.attach import attach, detach
 from matkv.hf.geometry import geometry_of
-from matkv.ranks import check_budget, digest_of
 
-KIND = "benchmark"
-# Rows equal in these are of the same measurement.
-KEYS = ("artifact", "ranks", "name", "budget", "context", "batch", "dtype", "threads")
+BENCHMARK = Kind("benchmark", (*CACHE_KEYS, "name", "context", "batch", "threads"))
 DYNAMIC, STATIC, EMPTY = "DynamicCache", "StaticCache", "empty"
 WARM_UP = 3
 
@@ -44,11 +42,11 @@ class BenchmarkConfig:
     """What to measure: every combination of `contexts`, `batches`, and full caches and `budgets`.
 
     `steps` decoding steps of each; time to first token `first_token_rounds` times, in contexts of
-    at most `first_token_context`, since on a CPU reading takes long. `uniform` ignores stored rank
-    tables. `threads` are CPU threads, None for as many as torch uses.
+    at most `first_token_context`, since on a CPU reading takes long. `uniform`, `sink` and `recent`
+    are those of `Setting`. `threads` are CPU threads, None for as many as torch uses.
 
     Raises:
-        BudgetError: a budget is outside (0, 1].
+        BudgetError, RankError: a budget is outside (0, 1], a number of exact tokens below 0.
         MatkvError: a number is not positive, or nothing is to be measured.
     """
 
@@ -59,17 +57,23 @@ class BenchmarkConfig:
     first_token_rounds: int = 3
     first_token_context: int = 2048
     uniform: bool = False
+    sink: int | None = None
+    recent: int | None = None
     threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
-            check_budget(budget)
+            self.at(budget)
         if not self.contexts or min(*self.contexts, *self.batches, self.steps, 1) < 1:
             raise MatkvError(
                 f"contexts {self.contexts}, batches {self.batches} and {self.steps} steps: give at "
                 "least one of each, all positive"
             )
+
+    def at(self, budget: float | None) -> Setting:
+        """The setting of a cache; no budget is the full one's."""
+        return Setting(budget=budget, uniform=self.uniform, sink=self.sink, recent=self.recent)
 
 
 @dataclass(frozen=True)
@@ -117,24 +121,6 @@ class _Candidate:
     kept: float
     model: PreTrainedModel
     new_cache: Callable[[int], Any]
-
-
-def kept_rows(
-    rows: Sequence[dict[str, Any]], artifact: Artifact, dtype: torch.dtype, config: BenchmarkConfig
-) -> list[Record]:
-    """Rows as JSON with what they were measured of, to keep beside the artifact."""
-    shared = {
-        "artifact": digest(artifact),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": config.threads or torch.get_num_threads(),
-        "made": made(seed=config.seed, steps=config.steps),
-    }
-    kept = []
-    for row in rows:
-        budget = row["budget"]
-        table = None if budget is None else artifact.table(budget, uniform=config.uniform)
-        kept.append({**row, **shared, "ranks": digest_of(table)})
-    return kept
 
 
 @torch.inference_mode()
@@ -201,7 +187,8 @@ def _candidates(
     for budget in config.budgets:
         table = artifact.table(budget, uniform=config.uniform)
         # Adapters are added to the weights in place, so these have to be the copy's own.
-        copied = attach(twin(model, share_weights=artifact.lora is None), artifact, ranks=table)
+        copied = twin(model, share_weights=artifact.lora is None)
+        attach(copied, artifact, ranks=table, sink=config.sink, recent=config.recent)
         yield _Candidate(f"{budget:.1%}", budget, table.budget, copied, _latent_cache(copied))
 
 

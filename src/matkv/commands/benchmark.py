@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from matkv.artifact.results import save_rows
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.results import Results
 from matkv.benchmark.attention import AttentionCase, attention_benchmark
-from matkv.benchmark.decode import KEYS, KIND, BenchmarkConfig, benchmark, kept_rows, random_model
+from matkv.benchmark.decode import BENCHMARK, BenchmarkConfig, BenchmarkRow, benchmark, random_model
 from matkv.calibrate import calibrate
 from matkv.commands import console
 from matkv.commands.bars import token_progress
@@ -19,6 +21,8 @@ from matkv.commands.options import (
     DtypeOpt,
     JsonOpt,
     ModelOpt,
+    RecentOpt,
+    SinkOpt,
     TrustOpt,
     UniformOpt,
     open_run,
@@ -50,6 +54,8 @@ def benchmark_command(
     head_dim: Annotated[int, typer.Option(help="with --attention", min=1)] = 128,
     threads: Annotated[int | None, typer.Option(help="CPU threads", min=1)] = None,
     uniform: UniformOpt = False,
+    sink: SinkOpt = None,
+    recent: RecentOpt = None,
     plots: Annotated[Path | None, typer.Option(help="directory for plots")] = None,
     memory: Annotated[str | None, typer.Option(help="memory of the plots, as 80GB")] = None,
     model_name: ModelOpt = None,
@@ -85,6 +91,8 @@ def benchmark_command(
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
         steps=steps,
         uniform=uniform,
+        sink=sink,
+        recent=recent,
         threads=threads,
         seed=seed,
     )
@@ -103,10 +111,24 @@ def benchmark_command(
         rows = benchmark(model, artifact, config, on_progress=lambda done, _: update(done))
     records = [row.to_json() for row in rows]
     if run is not None:
-        save_rows(run, KIND, kept_rows(records, artifact, model.dtype, config), KEYS)
+        _keep(run, artifact, model.dtype, config, rows)
     if plots is not None:
         plot_benchmark(records, plots, memory=None if memory is None else parse_bytes(memory))
     if as_json:
         console.print_json({"rows": records})
     else:
         console.out.print(benchmark_table(records))
+
+
+def _keep(
+    run: Path,
+    artifact: Artifact,
+    dtype: torch.dtype,
+    config: BenchmarkConfig,
+    rows: Sequence[BenchmarkRow],
+) -> None:
+    """Rows beside the artifact, with what they were measured of."""
+    caches = {one: config.at(one).record(artifact, dtype) for one in (None, *config.budgets)}
+    threads = config.threads or torch.get_num_threads()
+    kept = [caches[row.budget] | row.to_json() | {"threads": threads} for row in rows]
+    Results(run, BENCHMARK).add(kept, seed=config.seed, steps=config.steps)

@@ -18,6 +18,7 @@ from matkv import data
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.stage import allocate
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.setting import Setting
 from matkv.cache.cache import full_states, refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.commands import console
@@ -94,16 +95,7 @@ class DemoConfig:
                 raise MatkvError(f"{field.name} {value} must be at least 1")
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One line of the plot: an artifact, with its own rank tables or equal ranks.
-
-    `recent` tokens are exact, as many as the artifact says unless given.
-    """
-
-    artifact: Artifact
-    uniform: bool = True
-    recent: int | None = None
+Curve = tuple[Artifact, Setting]  # one line of the plot
 
 
 def demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
@@ -124,10 +116,11 @@ def demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     distilled.save(out / "distilled")
     distilled = _allocate(model, tokenizer, distilled, texts, config)
     distilled.save(out / "distilled")
-    curves = {name: Curve(artifact) for name, artifact in artifacts.items()} | {
-        f"calibrated, {config.recent} exact": Curve(artifacts["calibrated"], recent=config.recent),
-        f"distilled, {config.recent} exact": Curve(distilled),
-        f"own ranks, {config.recent} exact": Curve(distilled, uniform=False),
+    plain, near = Setting(uniform=True), Setting(uniform=True, recent=config.recent)
+    curves: dict[str, Curve] = {name: (artifact, plain) for name, artifact in artifacts.items()} | {
+        f"calibrated, {config.recent} exact": (artifacts["calibrated"], near),
+        f"distilled, {config.recent} exact": (distilled, near),
+        f"own ranks, {config.recent} exact": (distilled, replace(near, uniform=False)),
     }
     windows_NT = data.text_windows(tokenizer, held_out, config.score_length, config.score_tokens)
     rows = _evaluate(model, curves, windows_NT, config.budgets)
@@ -226,16 +219,16 @@ def _evaluate(
     total = windows_NT.numel() * (len(curves) * len(budgets) + 1)
     with token_progress("scoring held-out articles", total) as update:
         done = 0
-        for name, curve in curves.items():
+        for name, (artifact, way) in curves.items():
             first = not rows
             passes = [None, *budgets] if first else list(budgets)
             rows[name] = evaluate(
                 model,
-                curve.artifact,
+                artifact,
                 windows_NT,
                 budgets,
-                uniform=curve.uniform,
-                recent=curve.recent,
+                uniform=way.uniform,
+                recent=way.recent,
                 full_cache=first,
                 on_progress=lambda at, tokens, passes=passes, done=done: update(  # type: ignore[misc]
                     done + passes.index(at) * windows_NT.numel() + tokens

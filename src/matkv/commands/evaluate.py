@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import data
 from matkv.artifact.artifact import Artifact
-from matkv.artifact.results import Store
+from matkv.artifact.results import Kind, Results
+from matkv.artifact.setting import Setting
 from matkv.commands import console
 from matkv.commands.bars import task_progress, token_progress
 from matkv.commands.options import (
@@ -33,13 +34,11 @@ from matkv.commands.tables import evaluation_table, needle_table, positions_tabl
 from matkv.data.haystacks import HaystackConfig
 from matkv.data.task_items import LoadedTask, load_tasks
 from matkv.errors import MatkvError
-from matkv.evaluate.needles import NEEDLE, NEEDLE_KEYS, POSITIONS, NeedleConfig, needles
-from matkv.evaluate.positions import POSITIONS_KEYS, positions
+from matkv.evaluate.needles import NEEDLE, NeedleConfig, needles
+from matkv.evaluate.positions import POSITIONS, positions
 from matkv.evaluate.scores import summarize
-from matkv.evaluate.tasks import TaskConfig, score_tasks
-from matkv.evaluate.texts import TextConfig, perplexity_rows
-from matkv.hf.attach import Caches
-from matkv.ranks import check_budget
+from matkv.evaluate.tasks import TASKS, TaskConfig, score_tasks
+from matkv.evaluate.texts import PERPLEXITY, perplexity_rows
 
 # Where neither the command nor the artifact says which.
 BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25)
@@ -101,55 +100,38 @@ def evaluate_command(
 
     Results are kept in RUN/results; what is already there is not measured again.
     """
+    way = Setting(uniform=uniform, sink=sink, recent=recent)
     for one in budget or ():
-        check_budget(one)
-    task_config = TaskConfig(
-        limit=limit,
-        seed=seed,
-        uniform=uniform,
-        sink=sink,
-        recent=recent,
-        batch_size=batch_size,
-        again=again,
-    )
+        way.at(one)
+    task_config = TaskConfig(limit=limit, seed=seed, batch_size=batch_size)
     loaded = _load_tasks(tasks, tasks_dir, limit)
     alone = not loaded and not long_context
     source = text or ("default" if alone or by_position else None)
     texts = None if source is None else data.read_texts(source, "validation")
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
     chosen = tuple(budget or sorted(artifact.tables, reverse=True) or BUDGETS)
-    budgets = [None, *chosen]
-    caches = Caches(budgets=chosen, uniform=uniform, sink=sink, recent=recent)
     opened = Opened(
-        run=run, artifact=artifact, model=model, tokenizer=tokenizer, caches=caches, again=again
+        run=run,
+        artifact=artifact,
+        model=model,
+        tokenizer=tokenizer,
+        settings=[way.at(one) for one in (None, *chosen)],
+        again=again,
     )
     rows: Rows = []
-    if source is not None and texts is not None and by_position:
+    if source is not None and texts is not None:
         windows = data.text_windows(tokenizer, texts, length, tokens)
-        placed = measure_positions(opened, windows, _name(source))
-        rows += placed
-        if not as_json:
+        if by_position:
+            rows += measure_positions(opened, windows, _name(source))
+        else:
+            rows += measure_texts(opened, windows, _name(source))
+        if not as_json and by_position:
             title = f"{run} on {source}, perplexity by position"
-            console.out.print(positions_table(title, placed))
-    elif source is not None and texts is not None:
-        windows = data.text_windows(tokenizer, texts, length, tokens)
-        text_config = TextConfig(
-            text=_name(source), uniform=uniform, sink=sink, recent=recent, again=again
-        )
-        with token_progress("evaluating", windows.numel() * len(budgets)) as update:
-            rows += perplexity_rows(
-                model,
-                artifact,
-                windows,
-                budgets,
-                text_config,
-                run=run,
-                on_progress=lambda at, done: update(budgets.index(at) * windows.numel() + done),
-            )
-        if not as_json:
+            console.out.print(positions_table(title, rows))
+        elif not as_json:
             _show_texts(artifact, f"{run} on {source}, windows of {length}", rows)
     if loaded:
-        scored = _score(run, artifact, model, tokenizer, loaded, budgets, task_config)
+        scored = measure_tasks(opened, loaded, task_config)
         rows += scored
         if not as_json:
             count = "all items" if limit is None else f"up to {limit} items each"
@@ -180,29 +162,6 @@ def _load_tasks(names: str | None, folder: Path | None, limit: int | None) -> li
     return load_tasks(names.split(","), folder)
 
 
-def _score(
-    run: Path,
-    artifact: Artifact,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[LoadedTask],
-    budgets: Sequence[float | None],
-    config: TaskConfig,
-) -> Rows:
-    with task_progress() as update:
-        rows = score_tasks(
-            model,
-            tokenizer,
-            artifact,
-            tasks,
-            budgets,
-            config,
-            run=run,
-            on_progress=lambda at: update(at.task, at.budget, at.done, at.total),
-        )
-    return summarize(rows)
-
-
 def _show_texts(artifact: Artifact, title: str, rows: Rows) -> None:
     console.out.print(evaluation_table(title, rows))
     fixed = sum(not shape.grows for shape in artifact.geometry.layers)
@@ -212,51 +171,84 @@ def _show_texts(artifact: Artifact, title: str, rows: Rows) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A run with its model, and the caches to measure; `again` measures what is already known."""
+    """A run with its model, and the settings to measure; `again` measures what is already known."""
 
     run: Path
     artifact: Artifact
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    caches: Caches
+    settings: Sequence[Setting]
     again: bool = False
+
+    def results(self, kind: Kind) -> Results:
+        return Results(self.run, kind, again=self.again)
+
+
+def measure_texts(opened: Opened, windows_NT: Tensor, text: str) -> Rows:
+    """Perplexity rows of every setting."""
+    results = opened.results(PERPLEXITY)
+    with token_progress("evaluating", windows_NT.numel() * len(opened.settings)) as update:
+        return perplexity_rows(
+            opened.model,
+            opened.artifact,
+            windows_NT,
+            text,
+            opened.settings,
+            results,
+            on_progress=update,
+        )
+
+
+def measure_positions(opened: Opened, windows_NT: Tensor, text: str) -> Rows:
+    """Perplexity rows of every setting by position in the window."""
+    results = opened.results(POSITIONS)
+    with token_progress("evaluating", windows_NT.numel() * len(opened.settings)) as update:
+        return positions(
+            opened.model,
+            opened.artifact,
+            windows_NT,
+            text,
+            opened.settings,
+            results,
+            on_progress=update,
+        )
+
+
+def measure_tasks(opened: Opened, tasks: Sequence[LoadedTask], config: TaskConfig) -> Rows:
+    """Accuracies of every setting, and their averages."""
+    results = opened.results(TASKS)
+    with task_progress() as update:
+        rows = score_tasks(
+            opened.model,
+            opened.tokenizer,
+            opened.artifact,
+            tasks,
+            opened.settings,
+            config,
+            results,
+            on_progress=lambda at: update(at.task, at.budget, at.done, at.total),
+        )
+    return summarize(rows)
 
 
 def measure_needles(
     opened: Opened, contexts: Sequence[int], samples: int, seed: int, *, plain: bool
 ) -> Rows:
-    """Retrieval rows of every cache, through the chat template where there is one."""
+    """Retrieval rows of every setting, through the chat template where there is one."""
     chat = not plain and opened.tokenizer.chat_template is not None
     config = NeedleConfig(
         contexts=tuple(dict.fromkeys(contexts)),
         samples=samples,
         haystack=HaystackConfig(chat=chat, seed=seed),
     )
-    store = Store(opened.run, NEEDLE, NEEDLE_KEYS, again=opened.again)
-    passes = 1 + len(opened.caches.budgets)
-    with token_progress("searching haystacks", config.tokens * passes) as update:
+    results = opened.results(NEEDLE)
+    with token_progress("searching haystacks", config.tokens * len(opened.settings)) as update:
         return needles(
             opened.model,
             opened.tokenizer,
             opened.artifact,
-            opened.caches,
+            opened.settings,
             config,
-            store,
-            on_progress=update,
-        )
-
-
-def measure_positions(opened: Opened, windows_NT: Tensor, text: str) -> Rows:
-    """Perplexity rows of every cache by position in the window."""
-    store = Store(opened.run, POSITIONS, POSITIONS_KEYS, again=opened.again)
-    passes = 1 + len(opened.caches.budgets)
-    with token_progress("evaluating", windows_NT.numel() * passes) as update:
-        return positions(
-            opened.model,
-            opened.artifact,
-            windows_NT,
-            text,
-            opened.caches,
-            store,
+            results,
             on_progress=update,
         )

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from matkv.artifact.results import save_rows
+from matkv.artifact.results import Results
+from matkv.artifact.setting import Setting
 from matkv.commands import console
 from matkv.commands.options import DeviceOpt, DtypeOpt, JsonOpt, ModelOpt, TrustOpt, open_run
-from matkv.evaluate.samples import BUDGETS, PROMPTS, SAMPLE_KEYS, SAMPLES, sample_texts
-from matkv.ranks import check_budget
+from matkv.evaluate.samples import BUDGETS, PROMPTS, SAMPLES, sample_texts
 from matkv.report.build import report
 
 
@@ -46,22 +46,21 @@ def report_command(
     The page needs no network and nothing beside it. Rows in RUN/results that were measured with
     other bases or ranks are left out, and counted.
     """
-    for one in budget or ():
-        check_budget(one)
+    settings = [Setting(budget=one) for one in (None, *(budget or BUDGETS))]
     if (prompt or budget) and not samples:
         raise typer.BadParameter("--prompt and --budget are for --samples")
     for run in runs if samples else ():
         artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
         with console.err.status(f"generating with {run}"):
-            rows = sample_texts(
+            sample_texts(
                 model,
                 tokenizer,
                 artifact,
+                settings,
+                Results(run, SAMPLES),
                 prompt or PROMPTS,
-                budget or BUDGETS,
                 max_new_tokens=max_new_tokens,
             )
-        save_rows(run, SAMPLES, rows, SAMPLE_KEYS)
     page = report(runs, out)
     if as_json:
         pictures = sorted(str(path) for path in out.glob("*.png"))

@@ -12,7 +12,6 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -22,18 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
-from matkv.artifact.results import Store
-from matkv.artifact.setting import CACHE_KEYS
+from matkv.artifact.results import Kind, Results
+from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.cache.cache import new_cache
 from matkv.data.haystacks import RECIPE, TESTS, HaystackConfig, Haystacks, Sample, Test
 from matkv.errors import DataError
-from matkv.hf.attach import Caches
+from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
 
-NEEDLE, POSITIONS = "needle", "positions"
-NEEDLE_KEYS = (
-    *(*CACHE_KEYS, "test", "context", "depth", "n", "recipe"),
-    *(setting.name for setting in fields(HaystackConfig)),
+NEEDLE = Kind(
+    "needle",
+    (
+        *(*CACHE_KEYS, "test", "context", "depth", "n", "recipe"),
+        *(setting.name for setting in fields(HaystackConfig)),
+    ),
 )
 SLACK = 4  # tokens of generation beyond the answer's, for models that start on a new line
 Progress = Callable[[int], None]
@@ -70,18 +71,18 @@ def needles(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     artifact: Artifact,
-    caches: Caches,
+    settings: Sequence[Setting],
     config: NeedleConfig,
-    store: Store,
+    results: Results,
     *,
     on_progress: Progress | None = None,
 ) -> list[Record]:
-    """Accuracy and answer loss of every cache, test, context and depth.
+    """Accuracy and answer loss of every setting, test, context and depth.
 
     `accuracy` is the share of samples whose greedy continuation holds the answer, `stderr` its
     binomial standard error; `answer_loss` the mean loss of the answer's tokens in nats, and
-    `answer_stderr` that of its mean over samples. Rows that `store` has are not measured again, new
-    ones are kept as soon as they are there. `on_progress` gets the prompt tokens done.
+    `answer_stderr` that of its mean over samples. Rows that `results` has are not measured again,
+    new ones are kept as soon as they are there. `on_progress` gets the prompt tokens done.
 
     Raises:
         DataError: a context is too short for its facts, or longer than the model's positions.
@@ -97,17 +98,18 @@ def needles(
     fixed = {"n": config.samples, **asdict(config.haystack), "recipe": RECIPE}
     rows: list[Record] = []
     done = 0
-    with closing(caches.attached(model, artifact)) as each:
-        for cache in each:
-            for (test, context, depth), asked in samples.items():
-                name = {**cache, "test": test, "context": context, "depth": depth, **fixed}
-                row = store.find(name)
-                if row is None:
-                    row = store.add([{**name, **_scores(model, tokenizer, asked)}])[0]
-                rows.append(row)
-                done += context * len(asked)
-                if on_progress is not None:
-                    on_progress(done)
+    for setting, cache in identified(model, artifact, settings):
+        for (test, context, depth), asked in samples.items():
+            name = {**cache, "test": test, "context": context, "depth": depth, **fixed}
+            row = results.find(name)
+            if row is None:
+                with attached(model, artifact, setting):
+                    scores = _scores(model, tokenizer, asked)
+                (row,) = results.add([name | scores])
+            rows.append(row)
+            done += context * len(asked)
+            if on_progress is not None:
+                on_progress(done)
     return rows
 
 

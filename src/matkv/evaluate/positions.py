@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import closing
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
-from matkv.artifact.results import Store
-from matkv.artifact.setting import CACHE_KEYS
+from matkv.artifact.results import Kind, Results
+from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.errors import DataError
 from matkv.evaluate.needles import Progress
-from matkv.hf.attach import Caches
+from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
 from matkv.logits import token_losses
 
-POSITIONS_KEYS = (*CACHE_KEYS, "text", "data", "window_tokens", "start", "end")
+POSITIONS = Kind("positions", (*CACHE_KEYS, "text", "data", "window_tokens", "start", "end"))
 FIRST_BUCKET = 64
 
 
@@ -41,12 +41,12 @@ def positions(
     artifact: Artifact,
     windows_NT: Tensor,
     text: str,
-    caches: Caches,
-    store: Store,
+    settings: Sequence[Setting],
+    results: Results,
     *,
     on_progress: Progress | None = None,
 ) -> list[Record]:
-    """Perplexity of every cache by the position of the predicted token in its window.
+    """Perplexity of every setting by the position of the predicted token in its window.
 
     exp of the mean loss of the tokens at `start` <= position < `end`; a window's first token is not
     predicted. `stderr` is that of the mean loss, over windows. As `evaluate.perplexity`, it runs
@@ -65,17 +65,17 @@ def positions(
     ranges = buckets(length)
     rows: list[Record] = []
     done = 0
-    with closing(caches.attached(model, artifact)) as each:
-        for cache in each:
-            names = [{**cache, **fixed, "start": start, "end": end} for start, end in ranges]
-            found = [row for name in names if (row := store.find(name)) is not None]
-            if len(found) < len(names):
+    for setting, cache in identified(model, artifact, settings):
+        names = [{**cache, **fixed, "start": start, "end": end} for start, end in ranges]
+        found = [row for name in names if (row := results.find(name)) is not None]
+        if len(found) < len(names):
+            with attached(model, artifact, setting):
                 losses_NT = _losses(model, windows_NT, done, on_progress)
-                found = store.add([{**name, **_bucket(losses_NT, name)} for name in names])
-            rows += found
-            done += windows_NT.numel()
-            if on_progress is not None:
-                on_progress(done)
+            found = results.add([{**name, **_bucket(losses_NT, name)} for name in names])
+        rows += found
+        done += windows_NT.numel()
+        if on_progress is not None:
+            on_progress(done)
     return rows
 
 

@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from matkv.artifact.artifact import Artifact, digest
-from matkv.artifact.records import Record, made
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.records import Record
+from matkv.artifact.results import Kind, Results
+from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.cache.cache import LatentCache
 from matkv.errors import MatkvError
-from matkv.hf.attach import attach, detach
-from matkv.ranks import digest_of
+from matkv.hf.attach import attached, identified
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-SAMPLES = "samples"
-# Rows equal in these are of the same sample.
-SAMPLE_KEYS = ("artifact", "ranks", "budget", "prompt", "max_new_tokens")
+SAMPLES = Kind("samples", (*CACHE_KEYS, "prompt", "max_new_tokens"))
 # Knowledge, arithmetic, prose and a list: what compression breaks first differs among them.
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -82,46 +81,30 @@ def sample_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     artifact: Artifact,
+    settings: Sequence[Setting],
+    results: Results,
     prompts: Sequence[str] = PROMPTS,
-    budgets: Sequence[float] = BUDGETS,
     *,
     max_new_tokens: int = 96,
 ) -> list[Record]:
-    """Greedy answers to every prompt, with the full cache and at every budget.
+    """Greedy answers to every prompt at every setting, kept in `results`.
 
-    Each is a row of results, of the kind `SAMPLES`. The model is left detached.
+    The model is left detached.
 
     Raises:
         BudgetError, FingerprintError: see `attach`.
         MatkvError: a prompt is empty.
     """
-    tables = [None, *(artifact.table(budget) for budget in budgets)]
-    ours = digest(artifact)
     rows = []
-    detach(model)
-    try:
-        for budget, table in zip([None, *budgets], tables, strict=True):
-            if table is not None:
-                attach(model, artifact, ranks=table)
+    for setting, cache in identified(model, artifact, settings):
+        with attached(model, artifact, setting):
             for prompt in prompts:
                 ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], prompt)
-                cache = None if table is None else LatentCache(model)
+                held = None if setting.budget is None else LatentCache(model)
                 answer = generate(
-                    model, tokenizer, ids, cache, None, max_new_tokens, temperature=0.0, seed=0
+                    model, tokenizer, ids, held, None, max_new_tokens, temperature=0.0, seed=0
                 )
-                rows.append(
-                    {
-                        "artifact": ours,
-                        "ranks": digest_of(table),
-                        "budget": budget,
-                        "sink": 0 if table is None else artifact.sink,
-                        "recent": 0 if table is None else artifact.recent,
-                        "prompt": prompt,
-                        "max_new_tokens": max_new_tokens,
-                        "text": str(tokenizer.decode(answer, skip_special_tokens=True)),
-                        "made": made(),
-                    }
-                )
-    finally:
-        detach(model)
-    return rows
+                text = str(tokenizer.decode(answer, skip_special_tokens=True))
+                said = {"prompt": prompt, "max_new_tokens": max_new_tokens, "text": text}
+                rows.append(cache | said)
+    return results.add(rows)

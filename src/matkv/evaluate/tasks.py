@@ -1,4 +1,4 @@
-"""Score tasks through lm-eval at every budget, and keep each result as soon as it is there."""
+"""Score tasks through lm-eval at every setting, and keep each result as soon as it is there."""
 
 from __future__ import annotations
 
@@ -8,47 +8,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
-from matkv.artifact.results import Store
+from matkv.artifact.results import Kind, Results
+from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.data.task_items import LoadedTask, require_lm_eval
 from matkv.errors import DataError
 from matkv.evaluate.scores import accuracy, bits
-from matkv.hf.attach import attach, detach
-from matkv.ranks import RankTable, digest_of
+from matkv.hf.attach import attached, identified
 
 if TYPE_CHECKING:
     from matkv.evaluate.lm_eval_model import LoadedLM
 
-KIND = "tasks"
-# What a result depends on: equal values of all, and it need not be measured again.
-KEYS = (
-    "artifact",
-    "ranks",
-    "budget",
-    "uniform",
-    "task",
-    "data",
-    "limit",
-    "seed",
-    "sink",
-    "recent",
-    "dtype",
-)
+TASKS = Kind("tasks", (*CACHE_KEYS, "task", "data", "limit", "seed"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """How tasks are scored.
 
-    `limit` items are drawn with `seed`, the same at every budget; None for all. `sink` and `recent`
-    are numbers of exact tokens, the artifact's unless given; `uniform` ignores stored rank tables.
-    `again` measures what is already known.
+    `limit` items are drawn with `seed`, the same at every setting; None for all.
 
     Raises:
         DataError: a number is not positive.
@@ -56,11 +39,7 @@ class TaskConfig:
 
     limit: int | None = None
     seed: int = 0
-    uniform: bool = False
-    sink: int | None = None
-    recent: int | None = None
     batch_size: int = 16
-    again: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch size", self.batch_size)):
@@ -83,88 +62,43 @@ def score_tasks(
     tokenizer: PreTrainedTokenizerBase,
     artifact: Artifact,
     tasks: Sequence[LoadedTask],
-    budgets: Sequence[float | None],
+    settings: Sequence[Setting],
     config: TaskConfig,
+    results: Results,
     *,
-    run: Path | None = None,
     on_progress: Callable[[At], None] | None = None,
 ) -> list[Record]:
-    """One row for every budget, None being the full cache, and task; see `task_scores`.
+    """One row for every setting and task; see `task_scores`.
 
-    With `run` each row is kept in its results as soon as it is made, and what is already there
-    is not measured again. The full cache is the plain model: an artifact's adapters take part from
-    budget 1 downwards. The model is left detached.
+    Rows that `results` has are not measured again, new ones are kept as soon as they are there. The
+    full cache is the plain model: an artifact's adapters take part from budget 1 downwards. The
+    model is left detached.
 
     Raises:
         BudgetError, FingerprintError: see `attach`.
-        ArtifactError: the results of `run` are damaged or cannot be written.
+        ArtifactError: the results are damaged or cannot be written.
         MatkvError: lm-eval is not installed.
     """
     require_lm_eval()
     from matkv.evaluate.lm_eval_model import LoadedLM
 
-    tables = {
-        budget: None if budget is None else artifact.table(budget, uniform=config.uniform)
-        for budget in budgets
-    }
-    store = Store(run, KIND, KEYS, again=config.again)
-    detach(model)
+    identities = identified(model, artifact, settings)
     lm = LoadedLM(model, tokenizer, batch_size=config.batch_size)
-    artifact_digest = digest(artifact)
     how = {"seed": config.seed, "batch_size": config.batch_size, "lm_eval": version("lm-eval")}
     rows = []
-    try:
-        for budget, table in tables.items():
-            for loaded in tasks:
-                about = _about(artifact, artifact_digest, model, budget, table, loaded, config)
-                row = store.find(about)
-                if row is None:
-                    _ready(model, artifact, table, config)
-                    found = about | _score(lm, loaded, budget, config, on_progress)
-                    (row,) = store.add([found], **how)
-                rows.append(row)
-    finally:
-        detach(model)
+    for setting, cache in identities:
+        table = setting.table(artifact)
+        kept = 1.0 if table is None else table.budget
+        for loaded in tasks:
+            what = {"task": loaded.name, "data": loaded.data}
+            about = cache | what | {"kept": kept, "limit": config.limit, "seed": config.seed}
+            row = results.find(about)
+            if row is None:
+                with attached(model, artifact, setting):
+                    scores = _score(lm, loaded, setting.budget, config, on_progress)
+                (row,) = results.add([about | scores], **how)
+            rows.append(row)
     return rows
-
-
-def _about(
-    artifact: Artifact,
-    digest: str,
-    model: PreTrainedModel,
-    budget: float | None,
-    table: RankTable | None,
-    loaded: LoadedTask,
-    config: TaskConfig,
-) -> Record:
-    """What is known of a row before it is measured."""
-    exact: dict[str, int | None] = {"sink": None, "recent": None}
-    if table is not None:
-        exact["sink"] = artifact.sink if config.sink is None else config.sink
-        exact["recent"] = artifact.recent if config.recent is None else config.recent
-    return {
-        "artifact": digest,
-        "ranks": digest_of(table),
-        "task": loaded.name,
-        "data": loaded.data,
-        "budget": budget,
-        "uniform": config.uniform and table is not None,
-        "kept": 1.0 if table is None else table.budget,
-        "limit": config.limit,
-        "seed": config.seed,
-        **exact,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def _ready(
-    model: PreTrainedModel, artifact: Artifact, table: RankTable | None, config: TaskConfig
-) -> None:
-    """The model as a budget wants it; attaching again to the same ranks is cheap."""
-    if table is None:
-        detach(model)
-    else:
-        attach(model, artifact, ranks=table, sink=config.sink, recent=config.recent)
 
 
 def _score(

@@ -13,37 +13,23 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
-from matkv.artifact.results import Store
+from matkv.artifact.results import Kind, Results
+from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.errors import DataError
-from matkv.hf.attach import attach, detach
+from matkv.hf.attach import attached, attached_table, identified
 from matkv.hf.geometry import geometry_of
 from matkv.logits import token_losses
-from matkv.ranks import RankTable, digest_of
+from matkv.ranks import RankTable
 
-KIND = "perplexity"
-# What a kept row depends on: equal values of all, and it need not be measured again.
-KEYS = (
-    "artifact",
-    "ranks",
-    "budget",
-    "uniform",
-    "text",
-    "data",
-    "window_tokens",
-    "tokens",
-    "sink",
-    "recent",
-    "dtype",
-)
+PERPLEXITY = Kind("perplexity", (*CACHE_KEYS, "text", "data", "window_tokens", "tokens"))
 
 
 @dataclass(frozen=True)
@@ -121,40 +107,35 @@ def evaluate(
     Raises:
         FingerprintError, BudgetError, DataError: see `attach` and `perplexity`.
     """
-    tables = {budget: artifact.table(budget, uniform=uniform) for budget in budgets}
-    exact = artifact.sink if sink is None else sink
-    exact += artifact.recent if recent is None else recent
-    detach(model)
+    way = Setting(uniform=uniform, sink=sink, recent=recent)
+    settings = [way.at(budget) for budget in ([None, *budgets] if full_cache else budgets)]
     rows = []
-    try:
-        for budget in [None, *budgets] if full_cache else list(budgets):
-            table = RankTable.full(geometry_of(model.config))
-            if budget is not None:
-                table = tables[budget]
-                attach(model, artifact, ranks=table, sink=sink, recent=recent)
-            rows.append(_row(model, windows_NT, budget, table, exact, on_progress))
-    finally:
-        detach(model)
+    for setting, _ in identified(model, artifact, settings):
+        with attached(model, artifact, setting):
+            rows.append(_row(model, artifact, windows_NT, setting, on_progress))
     return rows
 
 
 def _row(
     model: PreTrainedModel,
+    artifact: Artifact,
     windows_NT: Tensor,
-    budget: float | None,
-    table: RankTable,
-    exact: int,
-    on_progress: Callable[[float | None, int], None] | None,
+    setting: Setting,
+    on_progress: Callable[[float | None, int], None] | None = None,
 ) -> Row:
+    """The row of a model that is at `setting`."""
+
     def report(tokens: int) -> None:
         if on_progress is not None:
-            on_progress(budget, tokens)
+            on_progress(setting.budget, tokens)
 
+    full = RankTable.full(geometry_of(model.config))
+    table = full if setting.budget is None else attached_table(model)
     started = time.perf_counter()
     value, stderr, tokens = perplexity(model, windows_NT, on_progress=report)
-    at_full_width = min(1.0, exact / windows_NT.shape[1])
+    at_full_width = min(1.0, sum(setting.exact(artifact)) / windows_NT.shape[1])
     return Row(
-        budget=budget,
+        budget=setting.budget,
         kept=table.budget,
         held=at_full_width + (1 - at_full_width) * table.budget,
         perplexity=value,
@@ -165,73 +146,43 @@ def _row(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """What `perplexity_rows` measures; `text` is the name that its rows bear.
-
-    `uniform`, `sink` and `recent` as for `evaluate`; `again` measures what is already known.
-    """
-
-    text: str
-    uniform: bool = False
-    sink: int | None = None
-    recent: int | None = None
-    again: bool = False
-
-
 def perplexity_rows(
     model: PreTrainedModel,
     artifact: Artifact,
     windows_NT: Tensor,
-    budgets: Sequence[float | None],
-    config: TextConfig,
+    text: str,
+    settings: Sequence[Setting],
+    results: Results,
     *,
-    run: Path,
-    on_progress: Callable[[float | None, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[Record]:
-    """A record of perplexity for every budget, None being the full cache, kept in `run`.
+    """A record of perplexity for every setting; `text` is the name that its rows bear.
+
+    Rows that `results` has are not measured again, new ones are kept as soon as they are there.
+    `on_progress` gets the tokens done.
 
     Raises:
-        FingerprintError, BudgetError, DataError, ArtifactError: see `evaluate` and `save_rows`.
+        FingerprintError, BudgetError, DataError, ArtifactError: see `evaluate` and `Results`.
     """
-    store = Store(run, KIND, KEYS, again=config.again)
-    shared = {
-        "artifact": digest(artifact),
-        "text": config.text,
+    fixed = {
+        "text": text,
         "data": hashlib.sha256(windows_NT.cpu().numpy().tobytes()).hexdigest()[:12],
         "window_tokens": windows_NT.shape[1],
         "tokens": windows_NT.shape[0] * (windows_NT.shape[1] - 1),
-        "dtype": str(model.dtype).removeprefix("torch."),
     }
-    records = []
-    for budget in budgets:
-        about = shared | _about(artifact, budget, config)
-        record = store.find(about)
+    records: list[Record] = []
+    for setting, cache in identified(model, artifact, settings):
+
+        def report(_: float | None, tokens: int) -> None:
+            if on_progress is not None:
+                on_progress(len(records) * windows_NT.numel() + tokens)
+
+        about = cache | fixed
+        record = results.find(about)
         if record is None:
-            row = evaluate(
-                model,
-                artifact,
-                windows_NT,
-                [] if budget is None else [budget],
-                uniform=config.uniform,
-                sink=config.sink,
-                recent=config.recent,
-                full_cache=budget is None,
-                on_progress=on_progress,
-            )[0]
-            (record,) = store.add([about | row.to_json()])
+            with attached(model, artifact, setting):
+                row = _row(model, artifact, windows_NT, setting, report)
+            (record,) = results.add([about | row.to_json()])
+        report(None, windows_NT.numel())
         records.append(record)
     return records
-
-
-def _about(artifact: Artifact, budget: float | None, config: TextConfig) -> Record:
-    """What depends on the budget of a record, before it is measured."""
-    if budget is None:
-        return {"budget": None, "ranks": None, "uniform": False, "sink": None, "recent": None}
-    return {
-        "budget": budget,
-        "ranks": digest_of(artifact.table(budget, uniform=config.uniform)),
-        "uniform": config.uniform,
-        "sink": artifact.sink if config.sink is None else config.sink,
-        "recent": artifact.recent if config.recent is None else config.recent,
-    }

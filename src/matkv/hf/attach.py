@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -12,14 +13,15 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
+from matkv.artifact.setting import Setting
 from matkv.errors import MatkvError, RankError
 from matkv.hf.function import NAME, use_implementation
 from matkv.hf.generation import PREPARE, prepare_cache_for_generation, prepare_forward
 from matkv.hf.geometry import attention_modules, fingerprint, geometry_of
 from matkv.latents.layer import LayerProjection
-from matkv.ranks import RankTable, digest_of
+from matkv.ranks import RankTable
 
 
 @dataclass
@@ -138,37 +140,37 @@ def _exact(default: int, given: int | None, name: str) -> int:
     return tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class Caches:
-    """The caches to measure: the full one, then every budget.
+@contextmanager
+def attached(
+    model: PreTrainedModel, artifact: Artifact, setting: Setting | float
+) -> Iterator[PreTrainedModel]:
+    """The model at a budget, or at all of a setting; detached at the end, and for the full cache.
 
-    `uniform` ignores stored rank tables; `sink` and `recent`, the first and last tokens kept exact,
-    come from the artifact unless given.
+    Raises:
+        FingerprintError, BudgetError, RankError: see `attach`.
     """
-
-    budgets: tuple[float, ...]
-    uniform: bool = False
-    sink: int | None = None
-    recent: int | None = None
-
-    def attached(self, model: PreTrainedModel, artifact: Artifact) -> Generator[Record]:
-        """Attach one after the other and tell what identifies each; leaves the model detached.
-
-        Raises:
-            BudgetError, FingerprintError, RankError: see `attach`; before anything is measured.
-        """
-        tables = {budget: artifact.table(budget, uniform=self.uniform) for budget in self.budgets}
-        dtype = str(model.dtype).removeprefix("torch.")
-        common = {"artifact": digest(artifact), "dtype": dtype}
-        sink = artifact.sink if self.sink is None else self.sink
-        recent = artifact.recent if self.recent is None else self.recent
+    if not isinstance(setting, Setting):
+        setting = Setting(budget=setting)
+    table = setting.table(artifact)
+    detach(model)
+    try:
+        if table is not None:
+            attach(model, artifact, ranks=table, sink=setting.sink, recent=setting.recent)
+        yield model
+    finally:
         detach(model)
-        artifact.check(geometry_of(model.config), fingerprint(model))
-        try:
-            yield {**common, "ranks": None, "budget": None, "sink": None, "recent": None}
-            for budget, table in tables.items():
-                attach(model, artifact, ranks=table, sink=sink, recent=recent)
-                ranks = digest_of(table)
-                yield {**common, "ranks": ranks, "budget": budget, "sink": sink, "recent": recent}
-        finally:
-            detach(model)
+
+
+def identified(
+    model: PreTrainedModel, artifact: Artifact, settings: Iterable[Setting]
+) -> list[tuple[Setting, Record]]:
+    """What identifies each setting in results, before anything is measured at one.
+
+    Raises:
+        FingerprintError: the artifact was made for another model.
+        BudgetError: no table holds a budget.
+    """
+    found = [(one, one.record(artifact, model.dtype)) for one in settings]
+    detach(model)
+    artifact.check(geometry_of(model.config), fingerprint(model))
+    return found

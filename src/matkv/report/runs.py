@@ -11,8 +11,8 @@ from typing import Any
 from matkv.artifact.artifact import Artifact, digest
 from matkv.artifact.records import Record
 from matkv.artifact.results import load_rows
+from matkv.artifact.setting import Setting, was_uniform
 from matkv.errors import MatkvError
-from matkv.ranks import RankTable, digest_of
 
 KINDS = ("perplexity", "tasks", "needle", "positions", "peers", "benchmark", "samples")
 
@@ -63,43 +63,19 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def _read(folder: Path, name: str, artifact: Artifact, digests: Sequence[str]) -> Run:
     """One run; the rows of peers may be of any run in the report, as they are measured together."""
-    ours, uniform = digest(artifact), _Uniform(artifact)
+    ours = digest(artifact)
     rows: dict[str, list[Record]] = {}
     stale: dict[str, int] = {}
     for kind in KINDS:
         found = load_rows(folder, kind)
-        wanted = {None, *digests} if kind == "peers" else {None, ours}
-        named = map(uniform.named, found)
-        rows[kind] = [
-            row for row in named if row.get("artifact") in wanted and row["uniform"] is not None
-        ]
+        if kind == "peers":
+            rows[kind] = [row for row in found if row.get("artifact") in {None, *digests}]
+        else:
+            mine = [row for row in found if row.get("artifact") in {None, ours}]
+            told = [row | {"uniform": was_uniform(row, artifact)} for row in mine]
+            rows[kind] = [row for row in told if row["uniform"] is not None]
         stale[kind] = len(found) - len(rows[kind])
     return Run(name=name, artifact=artifact, digest=ours, rows=rows, stale=stale)
-
-
-class _Uniform:
-    """Tells by their digest whether the ranks of a row were uniform or the artifact's own."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
-        self.known = {digest_of(table): False for table in artifact.tables.values()}
-
-    def named(self, row: Record) -> Record:
-        """The row with `uniform` set; None where its ranks are another artifact's."""
-        budget, ranks = number(row, "budget"), row.get("ranks")
-        if budget is None or not isinstance(ranks, str) or row.get("artifact") is None:
-            return {**row, "uniform": bool(row.get("uniform"))}
-        if ranks in self.known:
-            return {**row, "uniform": self.known[ranks]}
-        # Without tables uniform ranks are all there is, and need no mention.
-        told = bool(self.artifact.tables) and budget < 1
-        return {**row, "uniform": told if ranks == self._uniform(budget) else None}
-
-    def _uniform(self, budget: float) -> str | None:
-        try:
-            return digest_of(RankTable.uniform(self.artifact.geometry, budget))
-        except MatkvError:  # another step than the default made such a budget possible
-            return None
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -128,32 +104,13 @@ def budgets_of(rows: Iterable[Record]) -> list[float]:
     return sorted({b for row in rows if (b := number(row, "budget")) is not None}, reverse=True)
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a run was used: with uniform ranks, and with first and last tokens kept exact."""
-
-    uniform: bool = False
-    sink: int = 0
-    recent: int = 0
-
-    def __str__(self) -> str:
-        parts = ["uniform ranks" if self.uniform else ""]
-        parts.append(f"first {self.sink} exact" if self.sink else "")
-        parts.append(f"last {self.recent} exact" if self.recent else "")
-        return ", ".join(part for part in parts if part)
-
-    @property
-    def plain(self) -> bool:
-        return self == Way()
-
-
-def way_of(row: Record) -> Way:
-    """How the run was used for a row."""
+def way_of(row: Record) -> Setting:
+    """How the run was used for a row, whatever the budget."""
     sink, recent = (int(number(row, name) or 0) for name in ("sink", "recent"))
-    return Way(bool(row.get("uniform")), sink, recent)
+    return Setting(uniform=bool(row.get("uniform")), sink=sink, recent=recent)
 
 
-def ways(rows: Iterable[Record]) -> list[Way]:
+def ways(rows: Iterable[Record]) -> list[Setting]:
     """The ways of rows at a budget, the plain one first."""
     found = {way_of(row) for row in rows if row.get("budget") is not None}
     return sorted(found, key=lambda way: (way.uniform, way.sink, way.recent))
@@ -164,7 +121,7 @@ class Series:
     """The rows of one budget, None for the full cache, used in one way."""
 
     budget: float | None
-    way: Way
+    way: Setting
     rows: Sequence[Record]
 
     def __str__(self) -> str:
@@ -174,7 +131,7 @@ class Series:
 def series(rows: Sequence[Record]) -> list[Series]:
     """The full cache, then falling budgets, each in all its ways."""
     full = [row for row in rows if row.get("budget") is None]
-    found = [Series(budget=None, way=Way(), rows=full)] if full else []
+    found = [Series(budget=None, way=Setting(), rows=full)] if full else []
     for budget in budgets_of(rows):
         at = [row for row in rows if number(row, "budget") == budget]
         for way in ways(at):
@@ -191,7 +148,7 @@ def styles(runs: Sequence[Run]) -> dict[float | None, int | None]:
     return {None: None} | {budget: index for index, budget in enumerate(budgets)}
 
 
-def line_name(run: Run, runs: Sequence[Run], way: Way) -> str:
+def line_name(run: Run, runs: Sequence[Run], way: Setting) -> str:
     """A run used in a way, as tables and legends call it."""
     parts = (run.name if len(runs) > 1 else "", str(way))
     return ", ".join(part for part in parts if part) or "matkv"

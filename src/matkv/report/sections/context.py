@@ -104,7 +104,7 @@ def _drawn(
         points=points,
         bounds=bounds,
         style=looks[one.budget],
-        dashed=not one.way.plain,
+        dashed=bool(str(one.way)),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matkv.artifact.records import Record
 from matkv.report.page import Headline, Tile
-from matkv.report.runs import Run, having, line_name, number, percent
+from matkv.report.runs import Run, having, line_name, number, percent, way_of
 from matkv.report.sections.accuracy import full_of, retention, scores, task_names
 from matkv.report.sections.made import stale_note
 from matkv.report.sections.quality import Curve, curves, full_row, kept, sources, text_name
@@ -130,6 +130,7 @@ def _speed(choice: Choice) -> tuple[float, float] | None:
     budget = number(choice.row, "budget")
     rows = having(choice.curve.run.rows["benchmark"], "context", "speedup", "budget")
     rows = [row for row in rows if number(row, "budget") == budget]
+    rows = [row for row in rows if way_of(row) == choice.curve.way]
     last = max(rows, key=lambda row: number(row, "context") or 0.0, default=None)
     if last is None:
         return None

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matkv.artifact.records import Record
+from matkv.artifact.setting import Setting
 from matkv.report.page import Block, Cell, Missing, Table
 from matkv.report.pictures.figures import Axis, Line, Panel, budget_ticks, lines
 from matkv.report.pictures.theme import Picture
-from matkv.report.runs import Run, Way, amount, having, line_name, number, percent, way_of, ways
+from matkv.report.runs import Run, amount, having, line_name, number, percent, way_of, ways
 
 PANELS = 4
 # Beyond so many times the full cache's perplexity a model talks nonsense, more or less of it.
@@ -38,7 +39,7 @@ class Curve:
     """The rows of one run used in one way, by falling budget."""
 
     run: Run
-    way: Way
+    way: Setting
     label: str
     rows: Sequence[Record]
 

@@ -8,7 +8,7 @@ from matkv.artifact.records import Record
 from matkv.report.page import Block, Cell, Missing, Section, Table
 from matkv.report.pictures.figures import Axis, Line, Panel, context_ticks, lines
 from matkv.report.pictures.theme import Picture
-from matkv.report.runs import Run, having, number, slug, styles, title_of
+from matkv.report.runs import Run, having, number, percent, slug, styles, title_of, way_of
 
 COMMAND = "matkv benchmark RUN"
 NOTE = (
@@ -48,8 +48,8 @@ def _names(rows: Sequence[Record]) -> list[str]:
 
 
 def _name(row: Record) -> str:
-    name, budget = str(row.get("name") or ""), number(row, "budget")
-    return name if budget is None else f"matkv {100 * budget:.4g}%"
+    name, budget, way = str(row.get("name") or ""), number(row, "budget"), str(way_of(row))
+    return name if budget is None else f"matkv {percent(budget)}" + (f", {way}" if way else "")
 
 
 def _picture(run: Run, runs: Sequence[Run], rows: Sequence[Record], name: str) -> Picture:
@@ -126,7 +126,7 @@ def _lines(
                 points=[(number(row, x) or 0.0, (number(row, name) or 0.0) / unit) for row in own],
                 bounds=spread if bounds and len(ends) == len(own) else (),
                 style=style,
-                dashed=budget is None,
+                dashed=budget is None or bool(str(way_of(own[0]))),
             )
         )
     return drawn
