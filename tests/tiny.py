@@ -119,7 +119,7 @@ def tiny(name: str) -> Tiny:
     return Tiny(model, matkv.calibrate(model, [tokens(4, 48, seed=7)]))
 
 
-def save_model(directory: Path) -> None:
+def save_model(directory: Path, dtype: str = "float32") -> None:
     """A tiny Llama with a tokenizer of bytes and a chat template, as a model directory."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<eos>": 0, **{letter: index for index, letter in enumerate(alphabet, start=1)}}
@@ -141,7 +141,8 @@ def save_model(directory: Path) -> None:
         bos_token_id=None,
     )
     with seeded(0):
-        transformers.LlamaForCausalLM(config).save_pretrained(directory)
+        model = transformers.LlamaForCausalLM(config)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
 
 
 @contextmanager

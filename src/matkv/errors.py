@@ -51,3 +51,8 @@ class CacheError(MatkvError):
 
 class TrainingError(MatkvError):
     """Training is set up wrongly, has diverged, or cannot go on from a checkpoint."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

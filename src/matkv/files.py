@@ -87,17 +87,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_directory(target: Path, written: Collection[str]) -> Iterator[Path]:
+def replacing_directory(target: Path, written: Collection[str] | None) -> Iterator[Path]:
     """A new directory beside `target` that takes its place at the end, and is gone after an error.
 
-    It starts with everything of the old one but the names in `written`.
+    It starts with everything of the old one but the names in `written`; empty where that is None.
     """
     recover_directory(target)
     _sweep(target)
     new = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _copy_others(target, new, written)
+        if written is None:
+            new.mkdir()
+        else:
+            _copy_others(target, new, written)
         yield new
         _swap(new, target)
     except BaseException:

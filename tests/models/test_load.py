@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 import matkv
 from matkv.errors import ModelError
-from matkv.models import load
+from tiny import save_model
 
 
 def test_a_model_that_is_not_there_is_named() -> None:
@@ -18,7 +18,20 @@ def test_a_model_that_is_not_there_is_named() -> None:
         matkv.load_model("/no/such/model.gguf")
 
 
-@pytest.mark.parametrize("dtype", ["float64x", "int8", "nonsense", "Tensor"])
-def test_a_dtype_that_is_none_is_named(tmp_path: Any, dtype: str) -> None:
-    with pytest.raises(ModelError, match="must be auto, float32, bfloat16 or float16"):
-        load._dtype(dtype)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{}"),
+        ("config.json", "[1, 2]"),
+        ("config.json", "not json"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
+        ("model.safetensors", "cut"),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_damaged_files_are_an_error_of_one_line(tmp_path: Path, name: str, content: str) -> None:
+    save_model(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=rf"cannot load {tmp_path}: ") as caught:
+        matkv.load_model(tmp_path)
+    assert "\n" not in str(caught.value)

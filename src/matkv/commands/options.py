@@ -16,7 +16,10 @@ RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="artifact directory"
 ModelOpt = Annotated[
     str | None, typer.Option("--model", help="load the base model from here instead")
 ]
-DtypeOpt = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto, as stored")]
+DtypeOpt = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, float16 or auto: as stored where that is fast"),
+]
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 TrustOpt = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")

@@ -15,8 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from matkv.errors import ModelError, UnsupportedModelError
+from matkv.errors import ModelError, UnsupportedModelError, first_line
+from matkv.models import gguf
 from matkv.models.default import DEFAULT_MODEL, default_model_dir
+from matkv.models.dtype import as_device, as_dtype, fastest, say_choice
+
+KINDS = f"a hub id, a directory, a .gguf file or {DEFAULT_MODEL}"
 
 
 def load_model(
@@ -29,28 +33,26 @@ def load_model(
     """Load a model, ready for inference, and its tokenizer.
 
     `name` is a hub id, a local directory, a .gguf file or "smollm2-135m", the default model.
-    `dtype` is a torch dtype, its name, or "auto" for the one the weights are stored in.
+    `dtype` is a torch dtype, its name, or "auto" for the fastest that loses nothing: the one the
+    weights are stored in where `device` has fast products of it, else float32. A .gguf file is
+    converted on first use, and kept; weights that another library keeps quantized stay as stored.
 
     Raises:
-        ModelError: it cannot be found or loaded.
+        ModelError: it cannot be found or loaded, or there is no such dtype or device.
         UnsupportedModelError: it is not a decoder.
     """
-    source, options = _source(str(name))
-    options["trust_remote_code"] = trust_remote_code
+    target = as_device(device)
+    wanted = dtype if dtype == "auto" else as_dtype(dtype)
+    source = _source(str(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype), **options, **_gguf_options(options)
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(
-            f"cannot load {name}: {_first_line(error)} (a model is a hub id, a directory, a .gguf "
-            f"file or {DEFAULT_MODEL})"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = _load(source, wanted, target, trust_remote_code)
+    except Exception as error:  # damaged and hostile files fail in every way there is
+        raise ModelError(f"cannot load {name}: {first_line(error)} (a model is {KINDS})") from error
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; matkv compresses decoders")
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+        model.to(target)  # type: ignore[arg-type]
     model.config._name_or_path = _identity(str(name))
     return model.eval(), tokenizer
 
@@ -61,60 +63,60 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     Raises:
         ModelError: it cannot be found or is none.
     """
-    source, options = _source(str(name))
+    path, options = Path(name), {"trust_remote_code": trust_remote_code}
+    packed = path.suffix == ".gguf" and path.is_file()
+    source = str(path.parent) if packed else _source(str(name))
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source, trust_remote_code=trust_remote_code, **options
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        if packed:
+            options["gguf_file"] = path.name
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # damaged and hostile files fail in every way there is
         raise ModelError(
-            f"no config of a model in {name}: {_first_line(error)} (a model is a hub id, a "
-            f"directory, a config.json, a .gguf file or {DEFAULT_MODEL})"
+            f"no config of a model in {name}: {first_line(error)} (a model is {KINDS}, or a "
+            "config.json)"
         ) from error
+    if packed:
+        config.dtype = gguf.DTYPE
     return config
 
 
-def _source(name: str) -> tuple[str, dict[str, Any]]:
+def _load(
+    source: str, wanted: torch.dtype | str, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The weights in the dtype that `wanted` means on `device`."""
+
+    def load(dtype: torch.dtype | str) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        return model
+
+    if wanted != "auto":
+        return load(wanted)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        return load("auto")
+    stored = config.dtype
+    if stored is None:  # then the weights say it
+        model = load("auto")
+        stored = model.dtype
+        if fastest(stored, device) == stored:
+            return model
+    chosen = fastest(stored, device)
+    say_choice(Path(source).name, stored, chosen, device)
+    return load(chosen)
+
+
+def _source(name: str) -> str:
+    """What transformers loads: the directory of a converted file, or the name itself."""
     if name == DEFAULT_MODEL:
-        return str(default_model_dir()), {}
+        return str(default_model_dir())
     if name.endswith(".gguf"):
-        path = Path(name)
-        if not path.is_file():
+        if not Path(name).is_file():
             raise ModelError(f"no file {name}")
-        return str(path.parent), {"gguf_file": path.name}
-    return name, {}
-
-
-def _gguf_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Newer transformers keep GGUF weights quantized unless told otherwise."""
-    if "gguf_file" not in options:
-        return {}
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
+        return str(gguf.gguf_model_dir(Path(name)))
+    return name
 
 
 def _identity(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    return dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else as_dtype(dtype)
-
-
-def as_dtype(name: str) -> torch.dtype:
-    """A floating-point dtype by its name.
-
-    Raises:
-        ModelError: there is none of that name.
-    """
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"dtype {name!r} must be auto, float32, bfloat16 or float16")
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
