@@ -170,7 +170,7 @@ def test_a_missing_lm_eval_is_one_line(command: Command, monkeypatch: pytest.Mon
     monkeypatch.setattr(task_items, "find_spec", lambda _: None)
     code, _, err = command(*TASKS)
     assert code == 2
-    assert "pip install 'matkv[eval]'" in err
+    assert "pip install lm-eval datasets" in err
 
 
 def test_damaged_results_are_named(command: Command) -> None:

@@ -36,7 +36,7 @@ def test_unknown_split_is_refused() -> None:
 def test_missing_gensim_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MATKV_CACHE", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(DataError, match=r"pip install 'matkv\[default-model\]'"):
+    with pytest.raises(DataError, match=r"pip install gensim==4.4.0"):
         articles.default_articles("train")
 
 

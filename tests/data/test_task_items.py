@@ -118,7 +118,7 @@ def test_missing_folders_files_and_names(folder: Path, tmp_path: Path) -> None:
 
 def test_without_lm_eval_the_remedy_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_items, "find_spec", lambda _: None)
-    with pytest.raises(MatkvError, match=r"pip install 'matkv\[eval\]'"):
+    with pytest.raises(MatkvError, match=r"pip install lm-eval datasets"):
         load_tasks(["letters"], folder)
 
 

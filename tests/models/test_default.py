@@ -22,7 +22,6 @@ def test_a_current_copy_needs_no_package(tmp_path: Path, monkeypatch: pytest.Mon
     assert default_model_dir() == tmp_path / "models" / DEFAULT_MODEL
 
 
-
 def test_missing_package_names_both_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,7 @@ class Source:
     def load(self, path: Path, dtype: torch.dtype) -> Any:
         self.conversions += 1
         time.sleep(self.wait)
-        model = self.read(path, dtype)
+        model: Any = self.read(path, dtype)
         if self.error is not None:
             model.save_pretrained = self.fail
         return model
@@ -100,6 +100,8 @@ def beside(directory: Path) -> list[str]:
 
 
 def test_a_file_is_converted_once_and_loads_as_it_is(source: Source) -> None:
+    model: Any
+    again: Any
     model, tokenizer = matkv.load_model(source.path)
     again, _ = matkv.load_model(str(source.path))
     assert source.conversions == 1
@@ -129,7 +131,9 @@ def test_a_config_needs_no_conversion_and_has_the_dtype_it_will_run_in(source: S
     assert source.conversions == 0
 
 
-@pytest.mark.parametrize("damage", ["cut weights", "no tokenizer", "no source", "odd source", "old"])
+@pytest.mark.parametrize(
+    "damage", ["cut weights", "no tokenizer", "no source", "odd source", "old"]
+)
 def test_a_damaged_or_old_copy_is_replaced(
     source: Source, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,8 @@ from matkv.commands.options import (
 )
 from matkv.commands.tables import benchmark_table, facts
 from matkv.errors import MatkvError
-from matkv.models.load import as_dtype, load_config
+from matkv.models.dtype import as_device, choose
+from matkv.models.load import load_config
 from matkv.plan import parse_bytes
 from matkv.report.pictures.latency import plot_benchmark
 
@@ -74,7 +75,7 @@ def benchmark_command(
             context=contexts[0] if contexts else 16_384,
             batch=batches[0] if batches else 1,
             budget=budgets[0] if budgets else 0.375,
-            dtype=torch.bfloat16 if dtype == "auto" else as_dtype(dtype),
+            dtype=choose(dtype, torch.bfloat16, as_device(device)),
             device=device or "cpu",
             threads=threads,
             rounds=steps,
@@ -99,7 +100,7 @@ def benchmark_command(
     if random_weights is not None:
         model = random_model(
             load_config(random_weights, trust_remote_code=trust_remote_code),
-            torch.bfloat16 if dtype == "auto" else as_dtype(dtype),
+            choose(dtype, torch.bfloat16, as_device(device)),
             device=device or "cpu",
         )
         artifact = calibrate(model, [torch.arange(64)[None]])

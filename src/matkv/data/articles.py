@@ -53,7 +53,7 @@ def _find_articles() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
             "the default text comes from the package gensim, which is not installed: "
-            "pip install 'matkv[default-model]'"
+            "pip install gensim==4.4.0"
         )
     path = Path(spec.submodule_search_locations[0]) / ARTICLES_FILE
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != ARTICLES_SHA256:

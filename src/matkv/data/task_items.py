@@ -59,7 +59,9 @@ def require_lm_eval() -> None:
         MatkvError: lm-eval is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise MatkvError("tasks are scored by lm-eval, which is missing: pip install 'matkv[eval]'")
+        raise MatkvError(
+            "tasks are scored by lm-eval, which is missing: pip install lm-eval datasets"
+        )
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[LoadedTask]:

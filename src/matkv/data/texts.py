@@ -63,9 +63,7 @@ def _read_hub(source: str, split: Split) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise DataError(
-            f"{source} needs the package datasets: pip install 'matkv[train]'"
-        ) from error
+        raise DataError(f"{source} needs the package datasets: pip install datasets") from error
     try:
         dataset: Any = load_dataset(name, config or None, split=split)
     # Unknown names and lost connections are OSErrors, unknown configurations and splits ValueErrors

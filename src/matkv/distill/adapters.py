@@ -27,9 +27,7 @@ class Adapters:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
-            raise TrainingError(
-                "lora_rank needs the package peft: pip install 'matkv[train]'"
-            ) from error
+            raise TrainingError("lora_rank needs the package peft: pip install peft") from error
         names = {module: name for name, module in model.named_modules()}
         targets = [
             f"{names[module]}.{name}"

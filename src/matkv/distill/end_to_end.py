@@ -47,7 +47,7 @@ def training_arguments(
             accelerate is not installed.
     """
     if not is_accelerate_available():
-        raise TrainingError("training needs the package accelerate: pip install 'matkv[train]'")
+        raise TrainingError("training needs the package accelerate: pip install accelerate")
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.step_limit or UNLIMITED,

@@ -66,7 +66,7 @@ def has_fast(dtype: torch.dtype, device: torch.device) -> bool:
         supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
         return supported is not None and bool(supported())
     if device.type == "cuda" and dtype == torch.bfloat16:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return True
 
 

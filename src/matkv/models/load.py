@@ -63,7 +63,8 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     Raises:
         ModelError: it cannot be found or is none.
     """
-    path, options = Path(name), {"trust_remote_code": trust_remote_code}
+    path = Path(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     packed = path.suffix == ".gguf" and path.is_file()
     source = str(path.parent) if packed else _source(str(name))
     try:

@@ -109,7 +109,7 @@ def render(headline: Headline, sections: Sequence[Section], footer: str) -> str:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
-        raise MatkvError("a report needs jinja2: pip install 'matkv[report]'") from error
+        raise MatkvError("a report needs jinja2: pip install jinja2 matplotlib") from error
     folder = files("matkv.report")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -25,7 +25,7 @@ def new_figure(width: float = 7, height: float = 4.2) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MatkvError("plots need matplotlib: pip install 'matkv[report]'") from error
+        raise MatkvError("plots need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

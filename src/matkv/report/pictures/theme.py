@@ -126,7 +126,7 @@ def _settings(name: str) -> Iterator[None]:
     try:
         from matplotlib import style
     except ImportError as error:
-        raise MatkvError("a report needs matplotlib: pip install 'matkv[report]'") from error
+        raise MatkvError("a report needs matplotlib: pip install matplotlib") from error
     with style.context(["default", SETTINGS | {"svg.hashsalt": name}]):
         yield
 
