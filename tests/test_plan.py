@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import matkv
-from matkv.cache.cache import storage_nbytes
+from matkv.cache.cache import attached_projections, storage_nbytes
 from matkv.errors import BudgetError, MatkvError, UnsupportedModelError
 from matkv.plan import PlanCase, parameter_count, parse_bytes, plan
 from matkv.ranks import RankTable
@@ -46,16 +46,15 @@ def test_the_planned_bytes_are_what_caches_hold(llama: Tiny) -> None:
     assert latent.used_nbytes == latent.nbytes == found.compressed.cache_bytes
 
 
-def test_bases_are_the_buffers_of_an_attached_model(llama: Tiny) -> None:
-    budget = 0.5
-    found = plan(llama.model.config, PlanCase(context=1, budget=budget, dtype=torch.float32))
-    llama.attach(budget=budget)
-    held = sum(
-        buffer.nbytes
-        for name, buffer in llama.model.named_buffers()
-        if name.rsplit(".", 1)[-1] in ("encode_rows", "query", "output")
-    )
-    assert held * 0.5 < found.compressed.bases_bytes <= held
+@pytest.mark.parametrize("budget", [0.5, 0.3])
+def test_bases_are_the_buffers_of_an_attached_model(family: Tiny, budget: float) -> None:
+    case = PlanCase(context=1, budget=budget, dtype=torch.float32)
+    found = plan(family.model.config, case)
+    family.attach(ranks=RankTable.uniform(family.geometry, budget, step=1))
+    projections = attached_projections(family.model).values()
+    buffers = [buffer for projection in projections for buffer in projection.buffers()]
+    assert found.compressed.bases_bytes == sum(buffer.nbytes for buffer in buffers)
+    assert found.full.bases_bytes == 0
 
 
 def test_the_largest_batch_and_context_just_fit() -> None:

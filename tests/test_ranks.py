@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from matkv.allocate.config import Constraints
+from matkv.allocate.space import Space
+from matkv.distill.bases import rank_axes
 from matkv.errors import BudgetError, RankError
-from matkv.ranks import SIDES, Geometry, LayerShape, RankTable, check_budget
+from matkv.ranks import SIDES, Geometry, LayerShape, RankTable, check_budget, default_step
 from tiny import ragged_table
 
 PLAIN = Geometry(query_heads=4, layers=(LayerShape(kv_heads=2, head_dim=16),) * 3)
@@ -29,7 +32,7 @@ GEOMETRIES = pytest.mark.parametrize("geometry", [PLAIN, MIXED], ids=["plain", "
 def test_only_layers_without_a_window_grow() -> None:
     assert PLAIN.growing == (0, 1, 2)
     assert MIXED.growing == (1, 3)
-    assert MIXED.default_step == 2
+    assert (PLAIN.columns, MIXED.columns) == (3 * 64, 2 * 64)
 
 
 @GEOMETRIES
@@ -88,7 +91,7 @@ def test_budgets_outside_their_range_are_refused(budget: Any) -> None:
 def test_a_uniform_table_keeps_the_largest_rank_within_its_budget(
     geometry: Geometry, step: int | None
 ) -> None:
-    grain = step or geometry.default_step
+    grain = step or default_step(16)
     for budget in (0.2, 0.29, 0.375, 0.5, 0.99, 1.0):
         if budget * 16 < grain:
             with pytest.raises(BudgetError, match="below one step"):
@@ -112,6 +115,27 @@ def test_a_budget_that_is_a_rank_exactly_is_not_rounded_down() -> None:
 def test_a_step_outside_the_head_dim_is_refused(step: int) -> None:
     with pytest.raises(RankError, match=f"step {step} must be in"):
         RankTable.uniform(PLAIN, 0.5, step=step)
+
+
+def test_every_layer_has_steps_of_its_own_head_dim() -> None:
+    shapes = tuple(LayerShape(kv_heads=2, head_dim=dim) for dim in (24, 64, 4))
+    geometry = Geometry(query_heads=2, layers=shapes)
+    assert [default_step(dim) for dim in (24, 64, 4)] == [3, 8, 1]
+    table = RankTable.uniform(geometry, 0.375)
+    assert table.key == table.value == ((9, 9), (24, 24), (1, 1))
+    steps = {axis.size: axis.grain for axis in rank_axes(geometry)}
+    assert steps == {24: 3, 64: 8, 4: 1}
+    units = Space.of(geometry, Constraints()).units
+    assert {unit.ladder[0] - unit.ladder[1] for unit in units} == {3, 8, 1}
+
+
+def test_ranks_change_one_by_one() -> None:
+    table = RankTable.full(MIXED).changed({(1, "key", 0): 3, (3, "value", 1): 0})
+    changed = [place for *place, rank in table.growing_ranks() if rank < 16]
+    assert changed == [[1, "key", 0], [3, "value", 1]]
+    assert table.columns == MIXED.columns - 13 - 16
+    with pytest.raises(RankError, match="sliding window stays"):
+        table.changed({(0, "key", 0): 3})
 
 
 def test_keys_and_values_have_budgets_of_their_own() -> None:
@@ -144,6 +168,16 @@ def test_exact_tokens_cost_their_full_width() -> None:
     assert table.nbytes(10, torch.float32, sink=99) == RankTable.full(PLAIN).nbytes(
         10, torch.float32
     )
+
+
+@GEOMETRIES
+def test_what_is_held_is_a_share_of_what_a_full_cache_holds(geometry: Geometry) -> None:
+    table, full = ragged_table(geometry, 3), RankTable.full(geometry)
+    assert table.held(7) == table.budget and full.held(7, sink=2) == 1
+    assert table.held(4, sink=2, recent=9) == 1
+    staying = full.nbytes(10, torch.int8) - 10 * full.bytes_per_token(torch.int8)
+    held, whole = (x.nbytes(10, torch.int8, sink=2, recent=3) - staying for x in (table, full))
+    assert table.held(10, sink=2, recent=3) == held / whole
 
 
 @GEOMETRIES

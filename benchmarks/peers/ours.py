@@ -26,10 +26,10 @@ from torch import Tensor
 from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import Projected
 from matkv.bases.maps import Maps
-from matkv.cache.cache import LatentCache, attached_projections, full_states, refill
+from matkv.cache.cache import LatentCache, full_states, refill
 from matkv.hf.attach import attach, detach
 from matkv.hf.function import handled
-from matkv.latents.layer import LayerProjection
+from matkv.latents.layer import projections_nbytes
 from matkv.ranks import SIDES, LayerRanks, RankTable
 
 from .protocol import Method
@@ -100,7 +100,7 @@ class Latent(Method):
         return cache.used_nbytes, cache.nbytes
 
     def fixed_nbytes(self, model: Any) -> int:
-        return sum(map(buffer_nbytes, attached_projections(model).values()))
+        return projections_nbytes(self.table, model.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,22 +218,15 @@ class LatentCodes(Method):
             yield model
 
     def held(self, cache: Any) -> tuple[float, float | None]:
-        tokens, itemsize = cache.get_seq_length(), cache.layers[0].keys.element_size()
-        shapes = [self.artifact.geometry.layers[i] for i in self.artifact.geometry.growing]
-        width = sum(2 * shape.kv_heads * shape.head_dim for shape in shapes)
+        tokens, dtype = cache.get_seq_length(), cache.layers[0].keys.dtype
         exact = self.exact.among(tokens)
+        full = RankTable.full(self.artifact.geometry).bytes_per_token(dtype)
         a_token = sum(self.codes.nbytes(rank) for *_, rank in self.table.growing_ranks())
-        return (tokens - exact) * a_token + exact * width * itemsize, None
+        return (tokens - exact) * a_token + exact * full, None
 
     def fixed_nbytes(self, model: Any) -> int:
         """What matkv's own projections hold at these ranks, in the model's dtype."""
-        total = 0
-        for layer in self.artifact.geometry.growing:
-            key, value = (self.artifact.maps(layer, side) for side in SIDES)
-            key_ranks, value_ranks = (self.table.side(side)[layer] for side in SIDES)
-            projection = LayerProjection(key, value, key_ranks, value_ranks)
-            total += buffer_nbytes(projection.to(model.dtype))
-        return total
+        return projections_nbytes(self.table, model.dtype)
 
 
 @contextmanager
@@ -249,7 +242,3 @@ def adapted(model: Any, artifact: Artifact) -> Iterator[None]:
     finally:
         for (weight, _), old in zip(weights, before, strict=True):
             weight.data.copy_(old)
-
-
-def buffer_nbytes(projection: LayerProjection) -> int:
-    return sum(buffer.numel() * buffer.element_size() for buffer in projection.buffers())

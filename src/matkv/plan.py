@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from matkv.errors import MatkvError
 from matkv.hf.geometry import geometry_of
-from matkv.ranks import Geometry, RankTable, check_budget
+from matkv.latents.layer import projections_nbytes
+from matkv.ranks import RankTable, check_budget
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -97,13 +98,17 @@ class Plan:
 def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
     """Plan a model that its config describes; no weights are loaded.
 
+    Compressed, it has equal ranks: the largest within the budget.
+
     Raises:
+        BudgetError: the budget leaves no rank.
         UnsupportedModelError: the model's attention cannot be reproduced on latents.
     """
     geometry = geometry_of(config)
     parameters = parameter_count(config)
     dtype = case.dtype or getattr(config, "dtype", None) or torch.bfloat16
     weights = parameters * dtype.itemsize
+    table = RankTable.uniform(geometry, case.budget, step=1)
     return Plan(
         model_type=config.model_type,
         parameters=parameters,
@@ -114,8 +119,8 @@ def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
         budget=case.budget,
         memory=case.memory,
         bandwidth=case.bandwidth,
-        full=_footprint(case, geometry, dtype, weights, None),
-        compressed=_footprint(case, geometry, dtype, weights, case.budget),
+        full=_footprint(case, RankTable.full(geometry), dtype, weights, 0),
+        compressed=_footprint(case, table, dtype, weights, projections_nbytes(table, dtype)),
     )
 
 
@@ -141,19 +146,16 @@ def parse_bytes(text: str) -> int:
 
 
 def _footprint(
-    case: PlanCase, geometry: Geometry, dtype: torch.dtype, weights: int, budget: float | None
+    case: PlanCase, table: RankTable, dtype: torch.dtype, weights: int, bases: int
 ) -> Footprint:
-    share = 1.0 if budget is None else budget
-    bases = 0 if budget is None else _bases_bytes(geometry, share, dtype)
-
     def cache_bytes(batch: int, context: int) -> int:
-        return _cache_bytes(geometry, share, batch, context, dtype)
+        return table.nbytes(context, dtype, batch=batch)
 
     free = None if case.memory is None else case.memory - weights - bases
     cache = cache_bytes(case.batch, case.context)
     return Footprint(
         cache_bytes=cache,
-        token_bytes=round(share * RankTable.full(geometry).bytes_per_token(dtype)),
+        token_bytes=table.bytes_per_token(dtype),
         bases_bytes=bases,
         total_bytes=weights + bases + cache,
         fits=None if free is None else cache <= free,
@@ -165,22 +167,6 @@ def _footprint(
         ),
         decode_ms=1e3 * (weights + bases + cache) / case.bandwidth,
     )
-
-
-def _cache_bytes(
-    geometry: Geometry, share: float, batch: int, context: int, dtype: torch.dtype
-) -> int:
-    """Layers with a sliding window at full width, the growing ones at `share` of theirs."""
-    full = RankTable.full(geometry)
-    growing = context * batch * full.bytes_per_token(dtype)
-    return full.nbytes(context, dtype, batch=batch) - growing + round(share * growing)
-
-
-def _bases_bytes(geometry: Geometry, share: float, dtype: torch.dtype) -> int:
-    """Maps of an attached model with all ranks at the budget: 2D × C for rows, twice D × R."""
-    shapes = (geometry.layers[layer] for layer in geometry.growing)
-    columns = sum(6 * shape.kv_heads * shape.head_dim**2 for shape in shapes)
-    return round(share * columns) * dtype.itemsize
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
 from matkv.errors import BudgetError, RankError
+from matkv.schedule import whole_grains
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
+Cell = tuple[int, Side, int]  # layer, side, head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,11 @@ class LayerShape:
     def grows(self) -> bool:
         return self.window is None
 
+    @property
+    def columns(self) -> int:
+        """Numbers of one token at full width, keys and values."""
+        return 2 * self.kv_heads * self.head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -50,14 +56,9 @@ class Geometry:
         return tuple(index for index, layer in enumerate(self.layers) if layer.grows)
 
     @property
-    def head_dim(self) -> int:
-        """Largest head dim of the growing layers."""
-        return max(self.layers[index].head_dim for index in self.growing)
-
-    @property
-    def default_step(self) -> int:
-        """Δ, the default grain of ranks: an eighth of the head dim."""
-        return max(1, self.head_dim // 8)
+    def columns(self) -> int:
+        """Numbers of one token at full width, of all layers that grow."""
+        return sum(self.layers[index].columns for index in self.growing)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,6 +67,11 @@ class Geometry:
     def from_json(cls, data: dict[str, Any]) -> Geometry:
         layers = tuple(LayerShape(**layer) for layer in data["layers"])
         return cls(query_heads=data["query_heads"], layers=layers)
+
+
+def default_step(head_dim: int) -> int:
+    """Δ, the grain of ranks in a layer unless another is asked for: an eighth of the head dim."""
+    return max(1, head_dim // 8)
 
 
 LayerRanks = tuple[int, ...]
@@ -113,6 +119,8 @@ class RankTable:
     def uniform(cls, geometry: Geometry, budget: float, *, step: int | None = None) -> RankTable:
         """The same rank everywhere: the largest multiple of `step` within `budget`.
 
+        `step` is each layer's `default_step` unless given.
+
         Raises:
             BudgetError: `budget` is outside (0, 1], or smaller than one `step`.
         """
@@ -132,16 +140,26 @@ class RankTable:
         Raises:
             BudgetError: a budget is outside (0, 1], or smaller than one `step`.
         """
-        grain = geometry.default_step if step is None else step
         sides = [
             tuple(
-                (_uniform_rank(shape, budget, grain),) * shape.kv_heads for shape in geometry.layers
+                (_uniform_rank(shape, budget, step),) * shape.kv_heads for shape in geometry.layers
             )
             for budget in (key_budget, value_budget)
         ]
         return cls(geometry, sides[0], sides[1])
 
-    # ---- arithmetic
+    def changed(self, ranks: Mapping[Cell, int]) -> RankTable:
+        """The same table with other ranks at some (layer, side, head)."""
+        key, value = (
+            tuple(
+                tuple(ranks.get((layer, side, head), rank) for head, rank in enumerate(heads))
+                for layer, heads in enumerate(self.side(side))
+            )
+            for side in SIDES
+        )
+        return RankTable(self.geometry, key, value)
+
+    # ---- arithmetic: nobody else counts the bytes of a cache
 
     def growing_ranks(self) -> Iterator[tuple[int, Side, int, int]]:
         """(layer, side, head, rank) of every rank in a layer that grows."""
@@ -151,18 +169,29 @@ class RankTable:
                     yield layer, side, head, rank
 
     @property
+    def columns(self) -> int:
+        """Numbers that one more token of one sequence adds to the cache."""
+        return sum(rank for *_, rank in self.growing_ranks())
+
+    @property
     def budget(self) -> float:
         """Kept bytes over full bytes, of the layers that grow."""
-        return sum(rank for *_, rank in self.growing_ranks()) / _full_columns(self.geometry)
+        return self.columns / self.geometry.columns
 
     def share(self, side: Side) -> float:
         """Kept over full columns of one side of the layers that grow."""
-        kept = sum(rank for _, its_side, _, rank in self.growing_ranks() if its_side == side)
-        return 2 * kept / _full_columns(self.geometry)
+        ranks = self.side(side)
+        return 2 * sum(sum(ranks[layer]) for layer in self.geometry.growing) / self.geometry.columns
+
+    def held(self, tokens: int, *, sink: int = 0, recent: int = 0) -> float:
+        """Held over full bytes after so many tokens, exact ones counted; of layers that grow."""
+        exact = min(tokens, sink + recent)
+        full = self.geometry.columns
+        return (exact * full + (tokens - exact) * self.columns) / (tokens * full)
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one more token of one sequence adds to the cache."""
-        return sum(rank for *_, rank in self.growing_ranks()) * dtype.itemsize
+        return self.columns * dtype.itemsize
 
     def nbytes(
         self, tokens: int, dtype: torch.dtype, *, batch: int = 1, sink: int = 0, recent: int = 0
@@ -175,12 +204,11 @@ class RankTable:
         exact = min(tokens, sink + recent)
         total = 0
         for layer, shape in enumerate(self.geometry.layers):
-            width = 2 * shape.kv_heads * shape.head_dim
             if shape.window is not None:
-                total += min(tokens, shape.window - 1) * width
+                total += min(tokens, shape.window - 1) * shape.columns
                 continue
             kept = sum(self.key[layer]) + sum(self.value[layer])
-            total += tokens * kept + exact * (width - kept)
+            total += tokens * kept + exact * (shape.columns - kept)
         return total * batch * dtype.itemsize
 
     # ---- JSON
@@ -219,25 +247,20 @@ def check_budget(budget: float) -> float:
     return float(budget)
 
 
-def _uniform_rank(shape: LayerShape, budget: float, step: int) -> int:
+def _uniform_rank(shape: LayerShape, budget: float, step: int | None) -> int:
     check_budget(budget)
+    step = default_step(shape.head_dim) if step is None else step
     if not 1 <= step <= shape.head_dim and shape.grows:
         raise RankError(f"step {step} must be in 1..{shape.head_dim}, the head dim")
     if not shape.grows or budget == 1:
         return shape.head_dim
-    # The tiny addend keeps 0.29 * 100 == 28.999999999999996 at 29.
-    rank = math.floor(budget * shape.head_dim / step + 1e-9) * step
+    rank = whole_grains(budget, shape.head_dim, step) * step
     if rank == 0:
         raise BudgetError(
             f"budget {budget} is below one step of {step} columns of {shape.head_dim}; "
             f"use a budget of at least {step / shape.head_dim:g} or a smaller step"
         )
     return rank
-
-
-def _full_columns(geometry: Geometry) -> int:
-    shapes = (geometry.layers[index] for index in geometry.growing)
-    return sum(2 * shape.kv_heads * shape.head_dim for shape in shapes)
 
 
 def _check_layer(side: Side, index: int, ranks: LayerRanks, shape: LayerShape) -> None:

@@ -54,8 +54,13 @@ class Axis:
         """The largest size of the grid within `fraction` of the axis, at least one grain."""
         if fraction >= 1:
             return self.size
-        # The tiny addend keeps 0.29 * 100 == 28.999999999999996 at 29.
-        return self.at(max(1, int(fraction * self.size / self.grain + 1e-9)))
+        return self.at(max(1, whole_grains(fraction, self.size, self.grain)))
+
+
+def whole_grains(fraction: float, size: int, grain: int) -> int:
+    """How many grains lie within a fraction of a size: the one rule by which budgets round."""
+    # The tiny addend keeps 0.29 * 100 == 28.999999999999996 at 29.
+    return int(fraction * size / grain + 1e-9)
 
 
 class Schedule(Protocol):

@@ -10,9 +10,9 @@ from matkv.bases.gates import GatedProjection, rank_gate
 from matkv.bases.maps import Maps
 from matkv.errors import RankError
 from matkv.latents.latents import Latents
-from matkv.latents.layer import Bucket, LayerProjection
-from matkv.ranks import LayerRanks
-from tiny import largest_difference, random_maps
+from matkv.latents.layer import Bucket, LayerProjection, projections_nbytes
+from matkv.ranks import SIDES, LayerRanks
+from tiny import Tiny, largest_difference, random_maps
 
 HEADS, DIM = 4, 12
 KEY, VALUE = random_maps(HEADS, DIM, 1), random_maps(HEADS, DIM, 2, oblique=True)
@@ -132,3 +132,15 @@ def test_gates_may_differ_between_sequences() -> None:
         alone = handler(key_BGTD, value_BGTD)
         for joint, single in zip(together, alone, strict=True):
             torch.testing.assert_close(joint[row], single[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_its_bytes_are_those_of_its_buffers(gemma3: Tiny, seed: int, dtype: torch.dtype) -> None:
+    table, artifact = gemma3.ragged(seed), gemma3.artifact
+    held = 0
+    for layer in artifact.geometry.growing:
+        key, value = (artifact.maps(layer, side) for side in SIDES)
+        projection = LayerProjection(key, value, table.key[layer], table.value[layer]).to(dtype)
+        held += sum(buffer.untyped_storage().nbytes() for buffer in projection.buffers())
+    assert projections_nbytes(table, dtype) == held

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from matkv.allocate.space import TINY, Levels, Space
 from matkv.errors import RankError
 from matkv.ranks import RankTable
@@ -62,8 +60,7 @@ class Descent:
     def budgets(self) -> list[float]:
         """Budget after 0, 1, 2, ... drops."""
         units, levels = self.space.units, list(self.space.top)
-        full = RankTable.full(self.space.geometry).bytes_per_token(torch.int8)
-        left = self.table(0).bytes_per_token(torch.int8)
+        full, left = self.space.geometry.columns, self.table(0).columns
         budgets = [left / full]
         for unit in self.drops:
             left -= units[unit].columns(levels[unit], levels[unit] + 1)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from matkv.allocate.config import Constraints
 from matkv.errors import BudgetError, RankError
-from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
+from matkv.ranks import SIDES, Cell, Geometry, RankTable, check_budget, default_step
 
-Cell = tuple[int, Side, int]  # layer, side, head
 Levels = tuple[int, ...]  # of every unit
 TINY = 1e-9  # keeps a budget of exactly k columns at k despite rounding
 
@@ -57,8 +56,9 @@ class Space:
         units = []
         for layer in sorted(set(growing) - set(constraints.protected)):
             shape = geometry.layers[layer]
-            step = constraints.step or max(1, shape.head_dim // 8)
-            ladder = constraints.ladder(shape.head_dim, step)
+            ladder = constraints.ladder(
+                shape.head_dim, constraints.step or default_step(shape.head_dim)
+            )
             for cells in _cells(layer, shape.kv_heads, constraints):
                 units.append(Unit(cells, ladder))
         if not any(len(unit.ladder) > 1 for unit in units):
@@ -75,13 +75,9 @@ class Space:
         return self.table(tuple(len(unit.ladder) - 1 for unit in self.units)).budget
 
     def table(self, levels: Sequence[int]) -> RankTable:
-        full = RankTable.full(self.geometry)
-        sides = {side: [list(ranks) for ranks in full.side(side)] for side in SIDES}
-        for unit, level in zip(self.units, levels, strict=True):
-            for layer, side, head in unit.cells:
-                sides[side][layer][head] = unit.ladder[level]
-        key, value = (tuple(tuple(ranks) for ranks in sides[side]) for side in SIDES)
-        return RankTable(self.geometry, key, value)
+        units = zip(self.units, levels, strict=True)
+        ranks = {cell: unit.ladder[level] for unit, level in units for cell in unit.cells}
+        return RankTable.full(self.geometry).changed(ranks)
 
     def check_budget(self, budget: float) -> None:
         """Make sure that some table holds `budget`.

@@ -21,7 +21,8 @@ from matkv.benchmark.timing import Spread, take_turns, thread_count
 from matkv.errors import BudgetError, RankError
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
-from matkv.ranks import LayerRanks, check_budget
+from matkv.ranks import LayerRanks, check_budget, default_step
+from matkv.schedule import whole_grains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ def ragged_ranks(heads: int, dim: int, budget: float, generator: torch.Generator
     Raises:
         BudgetError: the budget is below one step of the grid in all.
     """
-    step = max(1, dim // 8)
-    total = int(budget * dim * heads / step + 1e-9)
+    step = default_step(dim)
+    total = whole_grains(budget, dim * heads, step)
     low, high = 1, dim // step - 1
     if not low * heads <= total <= high * heads:
         low, high = 0, dim // step

@@ -15,19 +15,15 @@ from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import gated
 from matkv.bases.learned import LearnedMaps, Parametrization
 from matkv.bases.maps import Maps
-from matkv.ranks import SIDES, Geometry, RankTable, Side
+from matkv.ranks import SIDES, Geometry, RankTable, Side, default_step
 from matkv.schedule import Axis, Sizes
 
 
 def rank_axes(geometry: Geometry, step: int | None = None) -> tuple[Axis, ...]:
     """One axis for every growing layer, side and KV head: the X of this file, in order."""
     return tuple(
-        Axis(
-            f"{layer}.{side}.{head}", geometry.layers[layer].head_dim, step or geometry.default_step
-        )
-        for layer in geometry.growing
-        for side in SIDES
-        for head in range(geometry.layers[layer].kv_heads)
+        Axis(f"{layer}.{side}.{head}", dim, step or default_step(dim))
+        for layer, side, head, dim in RankTable.full(geometry).growing_ranks()
     )
 
 

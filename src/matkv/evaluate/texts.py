@@ -133,11 +133,11 @@ def _row(
     table = full if setting.budget is None else attached_table(model)
     started = time.perf_counter()
     value, stderr, tokens = perplexity(model, windows_NT, on_progress=report)
-    at_full_width = min(1.0, sum(setting.exact(artifact)) / windows_NT.shape[1])
+    sink, recent = setting.exact(artifact)
     return Row(
         budget=setting.budget,
         kept=table.budget,
-        held=at_full_width + (1 - at_full_width) * table.budget,
+        held=table.held(windows_NT.shape[1], sink=sink, recent=recent),
         perplexity=value,
         stderr=stderr,
         bytes_per_token=table.bytes_per_token(model.dtype),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from matkv.bases.maps import Maps
 from matkv.errors import RankError
-from matkv.ranks import LayerRanks
+from matkv.ranks import LayerRanks, RankTable
 
 # Columns that the query and output maps have to spare, zeros, for kernels that prefer wider views.
 SPARE = 8
@@ -157,10 +157,27 @@ def _buckets(pairs: list[tuple[int, int]]) -> list[Bucket]:
     return buckets
 
 
+def _widths(pairs: list[tuple[int, int]]) -> tuple[int, int]:
+    """C, columns of the rows, and M, of the maps of queries and outputs."""
+    C = max(map(sum, pairs))
+    return C, min(C, max(map(max, pairs)) + SPARE)
+
+
+def projections_nbytes(table: RankTable, dtype: torch.dtype) -> int:
+    """Bytes of the buffers of a `LayerProjection` for every growing layer of `table`."""
+    total = 0
+    for layer in table.geometry.growing:
+        shape = table.geometry.layers[layer]
+        C, M = _widths(list(zip(table.key[layer], table.value[layer], strict=True)))
+        # A head has maps [2D C], [D M] and [M D]; its order and place take 8 bytes, its ranks 4.
+        maps = shape.head_dim * (2 * C + 2 * M) * dtype.itemsize
+        total += shape.kv_heads * (maps + 2 * 8 + 2 * 4)
+    return total
+
+
 def _row_maps(key: Maps, value: Maps, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
     new, (G, D, _) = key.encode_XDD.new_zeros, key.encode_XDD.shape
-    C = max(map(sum, pairs))
-    M = min(C, max(map(max, pairs)) + SPARE)
+    C, M = _widths(pairs)
     encode_GDC, query_GDM, output_GMD = new(G, 2 * D, C), new(G, D, M), new(G, M, D)
     for g, (r_key, r_value) in enumerate(pairs):
         encode_GDC[g, :D, :r_key] = key.encode_XDD[g, :, :r_key]
