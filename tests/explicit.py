@@ -29,18 +29,23 @@ def attend_explicit(
     place_BT = torch.arange(key_BGTD.shape[2])[None] + sink
     reads_BQT = position_Q >= place_BT[:, None]
     if exact is not None:
-        start_B = exact.start_B if exact.start_B is not None else torch.zeros(1, dtype=torch.long)
-        sink_BS = start_B[:, None] + torch.arange(sink)
+        sink_BS = torch.arange(sink)[None] if exact.sink_BS is None else exact.sink_BS
+        count_BT = exact.count_BT
+        count_BT = torch.arange(exact.tokens)[None] if count_BT is None else count_BT
+        count_BT = count_BT.expand(len(sink_BS) if sink else len(count_BT), -1)
         recent_BK = torch.arange(exact.first, exact.tokens)[None]
+
+        def after(place_BT: Tensor) -> Tensor:
+            """Neither a sink nor padding before it.  [B 1 T]"""
+            return (place_BT > sink_BS[:, -1:] if sink else place_BT >= 0)[:, None]
 
         def near(place_BT: Tensor) -> Tensor:
             """In the recent and no sink."""
-            distance_BQT = position_Q - place_BT[:, None]
-            is_sink_BT = place_BT < start_B[:, None] + sink
-            return (distance_BQT >= 0) & (distance_BQT < exact.reach) & ~is_sink_BT[:, None]
+            counts_BQT = count_BT[:, position_Q] - count_BT[:, None, place_BT[0]]
+            is_seen_BQT = position_Q >= place_BT[:, None]
+            return is_seen_BQT & (counts_BQT < exact.reach) & after(place_BT)
 
-        after_BT = place_BT >= start_B[:, None] + sink
-        reads = [reads_BQT & after_BT[:, None] & ~near(place_BT)]
+        reads = [reads_BQT & after(place_BT) & ~near(place_BT)]
         reads += [sink_BS[:, None] <= position_Q, near(recent_BK)]
         places = [place_BT, sink_BS, recent_BK]
         batch = max(len(part) for part in reads)

@@ -17,7 +17,7 @@ from matkv.attention import exact
 from matkv.attention import parts as parts
 from matkv.attention.latent import attend
 from matkv.cache.exact import ExactTokens
-from matkv.cache.layer import LatentLayer
+from matkv.cache.layer import LatentLayer, note_padding
 from matkv.latents.layer import LayerProjection
 from tiny import largest_difference, random_maps
 
@@ -53,6 +53,8 @@ def attend_in_pieces(cache: LatentLayer, sizes: list[int], mask: Tensor | None) 
     outs, first = [], 0
     for size in sizes:
         place = slice(first, first := first + size)
+        if mask is not None:
+            note_padding([cache], mask[:, :, place, :first], B, size)
         latents, _ = cache.update(key[:, :, place], value[:, :, place])
         piece = None if mask is None else mask[:, :, place, :first]
         out = attend(latents, query[:, :, place], piece, scaling=SCALING)
@@ -91,7 +93,6 @@ def test_padding_is_not_attended_and_sinks_come_after_it(
         mask = torch.where(mask, 0.0, -torch.inf)
     for sizes in ([T], [3, 1, 12, 25], [9] + [1] * 32):
         cache = layer(sink, recent)
-        cache.projection.start_B = torch.tensor(padding)
         out = attend_in_pieces(cache, sizes, mask)
         query, key, value = (x[1:, :, padding[1] :] for x in states())
         latents, _ = layer(sink, recent).update(key, value)
@@ -118,7 +119,7 @@ def test_a_window_slides_through_its_buffer_and_rarely_moves() -> None:
     moves, place = 0, 0
     for first in range(500):
         state = torch.full((1, 1, 1, 4), float(first))
-        seen, turned = tokens.append(state, first, None, keep_all=False)
+        seen, turned = tokens.append(state, first, keep_all=False)
         expected = list(range(max(0, first - 8), first + 1))
         assert seen.recent_BGKF[0, 0, :, 0].tolist() == expected
         assert turned[0, 0, :, 0].tolist() == ([first - 8] if first >= 8 else [])

@@ -37,7 +37,7 @@ def attend_exact(
     Q = query_BHQD.shape[2]
     heads, dtype = exact.recent_BGKF.shape[1], exact.recent_BGKF.dtype
     query_BGJQD = query_BHQD.to(dtype).unflatten(1, (heads, -1))
-    is_plain = mask is None and exact.start_B is None
+    is_plain = mask is None and not exact.is_padded
     block = max(BLOCK, exact.reach // 2)
     # From `begin` on all blocks see the same pattern of columns, unless a mask says otherwise.
     begin = min(Q, max(0, exact.sink + exact.reach - 1 - (exact.tokens - Q)))
@@ -58,11 +58,10 @@ def attend_exact(
 
 def far_mask(exact: Exact, mask: Tensor | None, queries: int, rows: int, like: Tensor) -> Tensor:
     """Which of `rows` latents, from position `sink` on, the last `queries` read.  [B|1 1 Q rows]"""
-    position_Q = torch.arange(exact.tokens - queries, exact.tokens, device=like.device)
+    query_Q = torch.arange(exact.tokens - queries, exact.tokens, device=like.device)
     place_T = torch.arange(exact.sink, exact.sink + rows, device=like.device)
-    sees_BQT = (position_Q[:, None] - place_T >= exact.reach)[None]
-    if exact.start_B is not None:
-        sees_BQT = sees_BQT & (place_T >= exact.start_B[:, None] + exact.sink)[:, None]
+    sees_BQT = _distance(exact, query_Q, place_T) >= exact.reach
+    sees_BQT = sees_BQT & _after_sinks(exact, place_T)[:, None]
     given = None if mask is None else mask[:, :, -queries:, exact.sink : exact.sink + rows]
     return _both(sees_BQT[:, None], given, like.dtype)
 
@@ -77,9 +76,9 @@ def _one_block(
 ) -> tuple[Tensor, Tensor]:
     """Some queries with whatever columns they need.  [-> BGJPD, BGJP]"""
     before = exact.tokens - query_BGJQD.shape[3]
-    low = max(exact.first, before + queries.start - exact.reach + 1)
+    low = max(exact.first, before + queries.start - exact.reach + 1 - exact.gaps)
     sink_BGSF, bias = exact.sink_BGSF, None
-    if mask is None and exact.start_B is None and queries.stop - queries.start == 1:
+    if mask is None and not exact.is_padded and queries.stop - queries.start == 1:
         # One query sees all its columns: decoding needs no mask.
         sink_BGSF, low = sink_BGSF[:, :, : exact.tokens], max(low, exact.sink)
     else:
@@ -146,17 +145,16 @@ def _near_mask(
     [B|1 1 P C]; `mask` [B|1, 1, P, T] is that of all tokens.
     """
     device = position_P.device
-    start_B1 = torch.zeros(1, 1, dtype=torch.long, device=device)
-    if exact.start_B is not None:
-        start_B1 = exact.start_B[:, None]
-    sink_BS = start_B1 + torch.arange(exact.sink, device=device)
+    sink_BS = exact.sink_BS
+    if sink_BS is None:
+        sink_BS = torch.arange(exact.sink, device=device)[None]
     sees_BPC = sink_BS[:, None] <= position_P[:, None]
     if exact.reach:
         recent_K = torch.arange(stretch.start, stretch.stop, device=device)
-        distance_PK = position_P[:, None] - recent_K
-        near_PK = (distance_PK >= 0) & (distance_PK < exact.reach)
-        near_BPK = near_PK & (recent_K >= start_B1 + exact.sink)[:, None]
-        sees_BPC = torch.cat((sees_BPC, near_BPK), dim=-1)
+        near_BPK = (position_P[:, None] >= recent_K) & _after_sinks(exact, recent_K)[:, None]
+        near_BPK = near_BPK & (_distance(exact, position_P, recent_K) < exact.reach)
+        batch = max(len(sees_BPC), len(near_BPK))
+        sees_BPC = torch.cat([x.expand(batch, -1, -1) for x in (sees_BPC, near_BPK)], dim=-1)
     if mask is not None:
         batch = max(len(mask), len(sink_BS))
         index_BPS = sink_BS.clamp_max(exact.tokens - 1)[:, None].expand(batch, len(position_P), -1)
@@ -164,6 +162,20 @@ def _near_mask(
         recents = mask[..., stretch] if exact.reach else mask[..., :0]
         mask = torch.cat((mask.gather(3, index_BPS[:, None]), recents), dim=3)
     return _both(sees_BPC[:, None], mask, dtype)
+
+
+def _distance(exact: Exact, query_Q: Tensor, place_T: Tensor) -> Tensor:
+    """How many tokens a slot lies before a query's.  [B|1 Q T]"""
+    if exact.count_BT is None:
+        return (query_Q[:, None] - place_T)[None]
+    return exact.count_BT[:, query_Q, None] - exact.count_BT[:, None, place_T]
+
+
+def _after_sinks(exact: Exact, place_T: Tensor) -> Tensor:
+    """Whether slots come after a sequence's sinks, and so after the padding before it.  [B|1 T]"""
+    if exact.sink_BS is None:
+        return (place_T >= exact.sink)[None]
+    return place_T > exact.sink_BS[:, -1:]
 
 
 def _both(sees: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

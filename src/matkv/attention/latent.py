@@ -76,7 +76,7 @@ def _attend_both(
     if early:
         query_BHQD = query_BHQD[:, :, early:]
         near = near_BHQD[:, :, early:], lse_near_BHQ[:, :, early:]
-    if mask is not None or exact.start_B is not None:
+    if mask is not None or exact.is_padded:
         mask = far_mask(exact, mask, queries - early, rows, query_BHQD)
     far_BHQD, lse_BGX = _attend_rows(latents, query_BHQD, mask, scaling, dropout, attend_part)
     lse_far_BHQ = latents.projection.leave(lse_BGX, queries - early)

@@ -1,6 +1,6 @@
 """What a cache keeps at full width: the first tokens of a layer, and the last ones.
 
-Shapes: B batch, G KV head, T new token, S sink token, K recent token, D head dim, F = 2 D,
+Shapes: B batch, G KV head, T new token or slot, S sink token, K recent token, D head dim, F = 2 D,
 [key | value].
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from matkv.cache.padding import Padding, slots_of_last
 from matkv.errors import CacheError
 from matkv.latents.latents import Exact
 
@@ -21,8 +22,9 @@ class ExactTokens:
     """The first `sink` tokens and the last `recent` of one layer; none is in both.
 
     The recent ones are the stretch `held` of a buffer [B G room F], in order. Tokens between are
-    latents: those at the positions from `sink` to the recent ones, with left padding too, because
-    what is at an earlier position is a sink or padding.
+    latents: those in the slots from `sink` to the last `recent`, with padding too, because what is
+    in an earlier slot is a sink or padding. Where padding lies among tokens, `spread` more slots
+    are held, so that every sequence has its `recent` tokens.
     """
 
     def __init__(self, sink: int, recent: int) -> None:
@@ -30,7 +32,32 @@ class ExactTokens:
         self.sink_BGSF: Tensor | None = None
         self.buffer: Tensor | None = None
         self.held = slice(0, 0)
-        self.start_B: Tensor | None = None
+        self.forget_padding()
+
+    def forget_padding(self) -> None:
+        self.sink_BS: Tensor | None = None
+        self.count_BT: Tensor | None = None
+        self.spread = self.gaps = self.later_gaps = 0
+        # From this slot on, no token to come is a sink.
+        self.settled = self.sink
+
+    def note(self, padding: Padding, first: int) -> None:
+        """Take in where the tokens are, those from the slot `first` on being new."""
+        if first == 0:
+            self.forget_padding()
+        if self.sink:
+            sink_BS = padding.sinks(self.sink)
+            if first:
+                before_BS = torch.arange(self.sink) if self.sink_BS is None else self.sink_BS
+                before_BS = before_BS.to(sink_BS.device)
+                sink_BS = torch.where(before_BS < first, before_BS, sink_BS)
+            self.sink_BS = sink_BS
+        self.settled = padding.latest + padding.holes + self.sink
+        if self.recent and padding.holes:
+            self.count_BT = padding.count_BT
+            self.spread = max(0, slots_of_last(padding.count_BT, self.recent) - self.recent)
+            self.later_gaps = padding.holes
+            self.gaps = padding.holes if first else padding.inside
 
     @property
     def reach(self) -> int:
@@ -45,23 +72,30 @@ class ExactTokens:
         """How many of these the newest query reads."""
         return max(0, length - self.sink - self.reach)
 
-    def append(
-        self, new_BGTF: Tensor, first: int, start_B: Tensor | None, *, keep_all: bool
-    ) -> tuple[Exact, Tensor]:
-        """Add the tokens at the positions from `first` on.
+    def append(self, new_BGTF: Tensor, first: int, *, keep_all: bool) -> tuple[Exact, Tensor]:
+        """Add the tokens in the slots from `first` on.
 
         Returns what their attention reads exactly, and the tokens that turn into latents. With
         `keep_all` these are kept as well, so that `crop` can bring them back.
         """
         length = first + new_BGTF.shape[2]
-        if start_B is not None and len(start_B) == len(new_BGTF):
-            self.start_B = start_B.to(new_BGTF.device)
+        if self.sink_BS is not None:
+            self.sink_BS = self.sink_BS.to(new_BGTF.device)
         self._fill_sinks(new_BGTF, first)
         assert self.sink_BGSF is not None
         joined = self._count(self.held) + new_BGTF.shape[2]
         kept = joined if keep_all and self.recent else self._wanted(length)
         recent_BGKF = self._slide(new_BGTF, joined, kept)
-        exact = Exact(recent_BGKF, self.sink_BGSF, self.start_B, length, self.reach)
+        exact = Exact(
+            recent_BGKF,
+            self.sink_BGSF,
+            length,
+            self.reach,
+            self.sink_BS,
+            self._counted(length, new_BGTF.device),
+            self.gaps,
+        )
+        self.gaps = self.later_gaps
         turned = slice(self.between(first), self.between(length))
         offset = self.sink - exact.first
         return exact, recent_BGKF[:, :, turned.start + offset : turned.stop + offset]
@@ -72,9 +106,15 @@ class ExactTokens:
         Raises:
             CacheError: tokens that are recent again were already dropped.
         """
+        length -= removed
+        if length == 0:
+            return self.reset()
         if not self.recent:
             return
-        wanted = self._wanted(length - removed)
+        if self.count_BT is not None:
+            self.count_BT = self.count_BT[:, :length]
+            self.spread = max(0, slots_of_last(self.count_BT, self.recent) - self.recent)
+        wanted = self._wanted(length)
         end = max(self.held.start, self.held.stop - removed)
         if end - wanted < self.held.start:
             raise CacheError(
@@ -84,8 +124,9 @@ class ExactTokens:
         self.held = slice(end - wanted, end)
 
     def reset(self) -> None:
-        self.sink_BGSF, self.buffer, self.start_B = None, None, None
+        self.sink_BGSF, self.buffer = None, None
         self.held = slice(0, 0)
+        self.forget_padding()
 
     def select(self, index_B: Tensor) -> None:
         """Keep these sequences, in this order."""
@@ -93,8 +134,10 @@ class ExactTokens:
             return
         self._store(self.buffer[:, :, self.held].index_select(0, index_B))
         self.sink_BGSF = self.sink_BGSF.index_select(0, index_B)
-        if self.start_B is not None:
-            self.start_B = self.start_B.index_select(0, index_B)
+        if self.sink_BS is not None:
+            self.sink_BS = self.sink_BS.index_select(0, index_B)
+        if self.count_BT is not None:
+            self.count_BT = self.count_BT.index_select(0, index_B)
 
     def move(self, device: torch.device | str) -> None:
         if self.buffer is not None and self.sink_BGSF is not None:
@@ -121,7 +164,16 @@ class ExactTokens:
 
     def _wanted(self, length: int) -> int:
         """How many of `length` tokens are recent, and no sinks whatever the padding."""
-        return min(self.recent, max(0, length - self.sink))
+        return min(self.recent + self.spread, max(0, length - self.sink))
+
+    def _counted(self, length: int, device: torch.device) -> Tensor | None:
+        """The count of tokens, with one more for every slot that nothing was noted of."""
+        if self.count_BT is None:
+            return None
+        count_BT = self.count_BT.to(device)[:, :length]
+        more_T = torch.arange(1, length - count_BT.shape[1] + 1, device=device)
+        self.count_BT = torch.cat((count_BT, count_BT[:, -1:] + more_T), dim=1)
+        return self.count_BT
 
     def _slide(self, new_BGTF: Tensor, joined: int, kept: int) -> Tensor:
         """Append, then keep the last `kept`; returns all that were held and the new.  [BGKF]"""
@@ -152,10 +204,10 @@ class ExactTokens:
         B, G, tokens, F = new_BGTF.shape
         if self.sink_BGSF is None:
             self.sink_BGSF = new_BGTF.new_zeros(B, G, self.sink, F)
-        if self.start_B is None and first >= self.sink:
+        if first >= self.settled:
             return
-        start_B = new_BGTF.new_zeros(B, dtype=torch.long) if self.start_B is None else self.start_B
-        offset_BS = start_B[:, None] + torch.arange(self.sink, device=start_B.device) - first
+        sink_BS = torch.arange(self.sink, device=new_BGTF.device).expand(B, -1)
+        offset_BS = (sink_BS if self.sink_BS is None else self.sink_BS) - first
         is_new_BS = (offset_BS >= 0) & (offset_BS < tokens)
         picks_BGSF = offset_BS.clamp(0, tokens - 1)[:, None, :, None].expand_as(self.sink_BGSF)
         new_BGSF = new_BGTF.gather(2, picks_BGSF)

@@ -5,6 +5,7 @@ Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row co
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from matkv.cache.exact import ExactTokens
+from matkv.cache.padding import Padding, real_tokens
 from matkv.cache.rows import GRAIN, pair_up, reusable
 from matkv.errors import CacheError
 from matkv.latents.latents import Latents
@@ -61,11 +63,7 @@ class LatentLayer(DynamicLayer):
             )
         states_BGTF = torch.cat((key_states, value_states), dim=-1)
         if self.exact is not None:
-            if first == 0:
-                self.exact.reset()
-            exact, states_BGTF = self.exact.append(
-                states_BGTF, first, self.projection.start_B, keep_all=self.record_past
-            )
+            exact, states_BGTF = self.exact.append(states_BGTF, first, keep_all=self.record_past)
         rows, before = self.projection.encode_states(states_BGTF), self.rows
         if first == 0:
             self.buffers = [reusable(old, new) for old, new in pair_up(self.buffers, rows)]
@@ -189,3 +187,25 @@ class LatentLayer(DynamicLayer):
         """Bytes of the tokens held, without spare room."""
         rows = sum(b[:, :, : self.rows].numel() * b.element_size() for b in self.buffers)
         return rows + (self.exact.used_nbytes(self.length) if self.exact is not None else 0)
+
+
+def note_padding(layers: Iterable[Any], mask: Any, batch: int, queries: int) -> None:
+    """Tell layers that keep some tokens exact where the tokens are, `queries` of them new.
+
+    `mask` is one that a decoder takes, see `real_tokens`. On an accelerator single tokens are
+    trusted to be no padding once every sequence has its sinks: looking would wait for the device.
+    """
+    layers = [layer for layer in layers if isinstance(layer, LatentLayer) and layer.exact]
+    if not layers or mask is None:
+        return
+    first = layers[0].length
+    real_BT = real_tokens(mask, batch, first + queries)
+    if real_BT is None:
+        return
+    is_settled = all(layer.exact.settled <= first for layer in layers)
+    if queries == 1 and is_settled and real_BT.device.type != "cpu":
+        return
+    padding = Padding.of(real_BT)
+    if padding is not None and (padding.holes or not is_settled):
+        for layer in layers:
+            layer.exact.note(padding, first)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import MethodType
 
 import torch
@@ -77,8 +76,7 @@ def attach(
         parameter = next(modules[layer].parameters())
         modules[layer].matkv = projection.to(parameter.device, model.dtype).requires_grad_(False)
     before = use_implementation(model, NAME)
-    prepare = partial(prepare_forward, notes_padding=sink > 0)
-    hook = model.get_decoder().register_forward_pre_hook(prepare, with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(prepare_forward, with_kwargs=True)
     model.__dict__[PREPARE] = MethodType(prepare_cache_for_generation, model)
     model.__dict__["matkv_attachment"] = Attachment(
         artifact, table, before, hook, _merge(model, artifact)

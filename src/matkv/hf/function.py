@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from matkv.attention.latent import attend
 from matkv.attention.truncated import States, attend_near_exact
 from matkv.bases.gates import Projected
-from matkv.cache.layer import LatentLayer
+from matkv.cache.layer import LatentLayer, note_padding
 from matkv.errors import CacheError, MatkvError, UnsupportedModelError
 from matkv.hf.geometry import attention_modules
 from matkv.latents.latents import Latents
@@ -77,7 +77,7 @@ def attention_forward(
     _refuse_unknown(module, kwargs)
     handler = getattr(module, "matkv", None)
     if isinstance(handler, LayerProjection):
-        latents = key if isinstance(key, Latents) else _latents(handler, key, value)
+        latents = key if isinstance(key, Latents) else _latents(handler, key, value, attention_mask)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         out_BHQD = attend(latents, query, attention_mask, scaling=scaling, dropout=dropout)
         return out_BHQD.transpose(1, 2).contiguous(), None
@@ -103,11 +103,15 @@ def attention_forward(
     return sdpa_attention_forward(module, *states, attention_mask, dropout=dropout, scaling=scaling)
 
 
-def _latents(projection: LayerProjection, key: Tensor, value: Tensor | Latents) -> Latents:
+def _latents(
+    projection: LayerProjection, key: Tensor, value: Tensor | Latents, mask: Tensor | None
+) -> Latents:
     """Latents of a forward pass without a cache: those that a cache would hold after it."""
     assert isinstance(value, Tensor)
     if projection.keeps_exact:
-        latents: Latents = LatentLayer(projection).update(key, value)[0]
+        layer = LatentLayer(projection)
+        note_padding([layer], mask, len(key), key.shape[2])
+        latents: Latents = layer.update(key, value)[0]
         return latents
     return Latents(projection, projection.encode(key, value))
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from matkv.cache.cache import LatentCache, use_latents
-from matkv.cache.layer import LatentLayer
+from matkv.cache.layer import LatentLayer, note_padding
 from matkv.cache.static import StaticLatentLayer
-from matkv.latents.layer import LayerProjection
 
 PREPARE = "_prepare_cache_for_generation"
 
 
 def prepare_forward(
-    decoder: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    notes_padding: bool,
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """A pre-hook that turns the empty cache of a forward pass into a latent one, in place.
 
@@ -31,11 +25,13 @@ def prepare_forward(
     cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     wanted = decoder.config.get_text_config().use_cache if use_cache is None else use_cache
     if cache is None and wanted:
-        kwargs["past_key_values"] = LatentCache(decoder)
+        cache = kwargs["past_key_values"] = LatentCache(decoder)
     elif cache is not None and not _is_latent(cache):
         use_latents(cache, decoder)
-    if notes_padding:
-        _note_padding(decoder, kwargs.get("attention_mask"))
+    if cache is not None:
+        inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        tokens_BT = next(x for x in inputs if isinstance(x, Tensor))
+        note_padding(cache.layers, kwargs.get("attention_mask"), *tokens_BT.shape[:2])
     return args, kwargs
 
 
@@ -61,18 +57,3 @@ def prepare_cache_for_generation(
 def _is_latent(cache: Any) -> bool:
     kinds = LatentLayer, StaticLatentLayer
     return any(isinstance(layer, kinds) for layer in getattr(cache, "layers", ()))
-
-
-def _note_padding(model: PreTrainedModel, mask: Any) -> None:
-    """Tell layers that keep sinks where each sequence starts, counted with left padding.
-
-    A sequence of padding alone, as the first of several chunks can be, starts after it. Without
-    padding, nothing is noted.
-    """
-    start_B = None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
-        real_BT = mask.bool()
-        start_B = torch.where(real_BT.any(-1), real_BT.int().argmax(-1), real_BT.shape[1])
-    for module in model.modules():
-        if isinstance(module, LayerProjection) and module.sink:
-            module.start_B = start_B

@@ -44,17 +44,22 @@ class Latents:
 class Exact:
     """Tokens at full width, a row [key | value] each, heads in the model's order.
 
-    `recent_BGKF` are the last K of all `tokens`, those of this step and what was recent before it;
-    of them a query reads the last `reach` up to its own: 1 + recent, or 0. `sink_BGSF` are the
-    first tokens, which `recent_BGKF` may hold as well. Sink s of a sequence is at the position
-    `start_B` + s, at s where `start_B` is None: without padding.
+    `recent_BGKF` are those in the last K of all `tokens` slots, of this step and what was recent
+    before it; of them a query reads the last `reach` up to its own: 1 + recent, or 0. `sink_BGSF`
+    are the first tokens, which `recent_BGKF` may hold as well.
+
+    In a padded batch the sinks are in the slots `sink_BS`, and what is before the last of them is
+    no token but a sink. Where padding also lies among tokens, `count_BT` counts the tokens up to
+    each slot, and a query's last `reach` tokens are among its last `reach + gaps` slots.
     """
 
     recent_BGKF: Tensor
     sink_BGSF: Tensor
-    start_B: Tensor | None
     tokens: int
     reach: int
+    sink_BS: Tensor | None = None
+    count_BT: Tensor | None = None
+    gaps: int = 0
 
     @property
     def sink(self) -> int:
@@ -62,5 +67,9 @@ class Exact:
 
     @property
     def first(self) -> int:
-        """Position of the first recent token."""
+        """Slot of the first recent token."""
         return self.tokens - self.recent_BGKF.shape[2]
+
+    @property
+    def is_padded(self) -> bool:
+        return self.sink_BS is not None or self.count_BT is not None

@@ -77,7 +77,6 @@ class LayerProjection(nn.Module):
                 raise RankError(f"ranks {ranks} do not fit {heads} KV heads of dimension {dim}")
         self.kv_heads, self.head_dim = heads, dim
         self.sink, self.recent = sink, recent
-        self.start_B: Tensor | None = None
         pairs = list(zip(key_ranks, value_ranks, strict=True))
         order = sorted(range(heads), key=lambda head: sum(pairs[head]))
         pairs = [pairs[head] for head in order]
