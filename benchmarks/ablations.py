@@ -26,7 +26,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import made
 from matkv.bases.maps import Maps, SideBases
 from matkv.calibrate import CalibrateConfig, artifact_from
-from matkv.distill.config import DistillConfig
+from matkv.distill.config import DistillConfig, LocalSettings
 from matkv.distill.stage import distill
 from matkv.evaluate.texts import evaluate, perplexity
 from matkv.hf.attach import attach, detach
@@ -111,8 +111,9 @@ def measured(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, 
             sequence_length=LENGTH,
             batch_size=BATCH,
             warmup_steps=max(1, steps // 10),
-            local_steps=max(1, options.passes // LOCAL_BATCH),
-            local_batch_size=LOCAL_BATCH,
+            local=LocalSettings(
+                steps=max(1, options.passes // LOCAL_BATCH), batch_size=LOCAL_BATCH
+            ),
             **variant.settings,
         )
         started = time.perf_counter()

@@ -36,7 +36,7 @@ def quick(**changes: Any) -> DistillConfig:
         "probe_every": 3,
         "checkpoint_every": 3,
     }
-    return DistillConfig(**settings | changes)
+    return DistillConfig.from_dict(settings | changes)
 
 
 def off_orthogonal(maps: Maps) -> float:

@@ -192,8 +192,8 @@ def test_an_attached_model_is_refused(llama: Tiny) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": "svd"}, "key basis 'svd' must be one of pca, query"),
-        ({"value": "svd"}, "value basis 'svd' must be one of pca, output"),
+        ({"key": "svd"}, "key 'svd' must be one of pca, query"),
+        ({"value": "svd"}, "value 'svd' must be one of pca, output"),
         ({"skip_first": -1}, "skip_first -1 must be 0 or more"),
         ({"recent": -2}, "recent -2 must be 0 or more"),
     ],

@@ -7,43 +7,33 @@ dim, M model dim.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
 from matkv.bases import moments
 from matkv.bases.maps import SideBases
-from matkv.bases.moments import KEY_BASES, VALUE_BASES, KeyBasis, LayerMoments, ValueBasis
+from matkv.bases.moments import KeyBasis, LayerMoments, ValueBasis
 from matkv.data.batch import Tokens
 from matkv.errors import RankError
 from matkv.hf.geometry import fingerprint, geometry_of
 from matkv.hf.observe import OnProgress, collect_moments
+from matkv.settings import Number, settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(RankError)
 class CalibrateConfig:
-    """How to calibrate.
+    """How to calibrate; `sink` and `recent`, tokens that `attach` keeps exact, are only stored."""
 
-    `key` and `value` name the bases (see `moments.key_maps` and `moments.value_maps`); the first
-    `skip_first` tokens of every sequence are left out of the moments. `sink` and `recent`, the
-    numbers of first and last tokens that `attach` keeps exact, are only stored.
-    """
-
-    key: KeyBasis = "query"
-    value: ValueBasis = "output"
-    skip_first: int = 0
-    sink: int = 0
-    recent: int = 0
-
-    def __post_init__(self) -> None:
-        if self.key not in KEY_BASES:
-            raise RankError(f"key basis {self.key!r} must be one of {', '.join(KEY_BASES)}")
-        if self.value not in VALUE_BASES:
-            raise RankError(f"value basis {self.value!r} must be one of {', '.join(VALUE_BASES)}")
-        for name in ("skip_first", "sink", "recent"):
-            if getattr(self, name) < 0:
-                raise RankError(f"{name} {getattr(self, name)} must be 0 or more")
+    key: KeyBasis = Field(
+        default="query", description="key basis: query or pca (`moments.key_maps`)"
+    )
+    value: ValueBasis = Field(default="output", description="value basis: output or pca")
+    skip_first: Number = Field(default=0, description="leave out each sequence's first tokens")
+    sink: Number = Field(default=0, description="first tokens to keep exact")
+    recent: Number = Field(default=0, description="last tokens to keep exact")
 
 
 def calibrate(

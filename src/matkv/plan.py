@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from matkv.errors import MatkvError
 from matkv.hf.geometry import geometry_of
 from matkv.latents.layer import projections_nbytes
-from matkv.ranks import RankTable, check_budget
+from matkv.ranks import Budget, RankTable
+from matkv.settings import Count, Positive, settings
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -25,31 +27,45 @@ BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 DEFAULT_BANDWIDTH = 3.35e12
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanCase:
-    """What to plan for: `batch` sequences of `context` tokens at `budget` of the cache bytes.
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 80GB, 24GiB, 512M or 1e9.
 
-    `memory` is in bytes, None when nothing has to fit; `bandwidth` in bytes a second; `dtype` of
-    weights and cache, None for the config's, or bfloat16 where that has none.
+    Raises:
+        MatkvError: it is none.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE]\+?[0-9]+)?)\s*([KMGT]?i?)B?\s*", text)
+    unit = (UNITS | BINARY_UNITS).get(match[2]) if match else None
+    try:
+        return round(float(match[1]) * unit)  # type: ignore[index, operator]
+    except (TypeError, ValueError):
+        raise MatkvError(f"size {text!r} must be like 80GB, 24GiB or 1e9") from None
+
+
+def as_bytes(given: object) -> object:
+    """Bytes where a text is given, as 80GB; anything else is left as it is."""
+    return parse_bytes(given) if isinstance(given, str) else given
+
+
+Bytes = Annotated[int, Field(gt=0), BeforeValidator(as_bytes)]
+
+
+@settings(MatkvError)
+class PlanCase:
+    """What to plan for; `dtype` of weights and cache is the config's, or bf16 where it has none.
 
     Raises:
         BudgetError: `budget` is outside (0, 1].
         MatkvError: another number is not positive.
     """
 
-    context: int
-    batch: int = 1
-    budget: float = 0.5
-    memory: int | None = None
-    bandwidth: float = DEFAULT_BANDWIDTH
+    context: Count = Field(description="tokens of a sequence")
+    batch: Count = Field(default=1, description="sequences")
+    budget: Budget = Field(default=0.5, description="fraction of cache bytes to keep")
+    memory: Bytes | None = Field(default=None, description="as 80GB or 24GiB")
+    bandwidth: Annotated[Positive, BeforeValidator(as_bytes)] = Field(
+        default=DEFAULT_BANDWIDTH, description="bytes a second, as 3.35T"
+    )
     dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-        for name in ("context", "batch", "memory", "bandwidth"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise MatkvError(f"{name} {value} must be positive")
 
 
 @dataclass(frozen=True)
@@ -129,20 +145,6 @@ def parameter_count(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 80GB, 24GiB, 512M or 1e9.
-
-    Raises:
-        MatkvError: it is none.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE]\+?[0-9]+)?)\s*([KMGT]?i?)B?\s*", text)
-    unit = (UNITS | BINARY_UNITS).get(match[2]) if match else None
-    try:
-        return round(float(match[1]) * unit)  # type: ignore[index, operator]
-    except (TypeError, ValueError):
-        raise MatkvError(f"size {text!r} must be like 80GB, 24GiB or 1e9") from None
 
 
 def _footprint(

@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator
 
 from matkv.errors import BudgetError, RankError
 from matkv.schedule import whole_grains
@@ -245,6 +246,10 @@ def check_budget(budget: float) -> float:
             f"budget {budget} must be in (0, 1]: the fraction of cache bytes to keep, 0.5 for half"
         )
     return float(budget)
+
+
+# The type of a budget in settings.
+Budget = Annotated[float, AfterValidator(check_budget)]
 
 
 def _uniform_rank(shape: LayerShape, budget: float, step: int | None) -> int:

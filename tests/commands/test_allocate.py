@@ -164,9 +164,12 @@ def test_the_state_of_another_search_is_refused(
     [
         (["--method", "x"], "method 'x' must be one of fisher, greedy, uniform"),
         (["--budget", "0"], "budget 0.0 must be in (0, 1]"),
-        (["--max-kl", "0"], "max_kl 0.0 must be a number above 0"),
+        (["--max-kl", "0"], "max_kl 0.0 must be above 0"),
         (["--max-perplexity-increase", "much"], "'much' must be a percentage, as 5%"),
-        (["--max-perplexity-increase", "nan"], "must be a number above 0"),
+        (
+            ["--max-perplexity-increase", "nan"],
+            "max_perplexity_increase nan must be a finite number",
+        ),
         (["--protect", "9"], "9"),
         (["--length", "100000"], "fewer than"),
         (["-o", "{tmp}"], "is not an artifact"),

@@ -196,7 +196,7 @@ def test_a_checkpoint_of_other_bases_does_not_go_on(
         (["--objective", "all"], "objective 'all' must be one of local, end-to-end, both"),
         (["--schedule", "x"], "schedule 'x' must be one of"),
         (["--steps", "0"], "steps 0 must be above 0"),
-        (["--lr", "nan"], "lr nan must be above 0"),
+        (["--lr", "nan"], "lr nan must be a finite number"),
         (["--data", "{tmp}/none.jsonl"], "none.jsonl"),
         (["--config", "{tmp}/none.toml"], "cannot read the recipe"),
         (["-o", "{tmp}"], "is not an artifact"),

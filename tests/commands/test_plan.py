@@ -55,7 +55,7 @@ def test_a_table_side_by_side(home: Path, matkv: Program) -> None:
     [
         (["--budget", "0"], "budget 0.0 must be in (0, 1]"),
         (["--memory", "much"], "size 'much' must be like 80GB, 24GiB or 1e9"),
-        (["--memory", "0"], "memory 0 must be positive"),
+        (["--memory", "0"], "memory 0 must be above 0"),
         (["--bandwidth", "fast"], "size 'fast' must be like"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from matkv.distill.bases import Bases, rank_axes
-from matkv.distill.config import DistillConfig
+from matkv.distill.config import DistillConfig, LocalSettings
 from matkv.distill.examples import TrainingSet, collate
 from matkv.distill.losses import LossWeights
 from matkv.distill.stage import distill
@@ -39,8 +39,7 @@ def learn(folder: Path) -> Found:
 
     config = DistillConfig(
         objective="both",
-        local_steps=2,
-        local_batch_size=2,
+        local=LocalSettings(steps=2, batch_size=2),
         steps=4,
         minutes=10.0,
         sequence_length=16,

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Annotated, Literal
 
-from matkv.errors import BudgetError, MatkvError, RankError
-from matkv.ranks import check_budget
+from pydantic import BeforeValidator, Field
+
+from matkv.errors import BudgetError, RankError
+from matkv.ranks import Budget
+from matkv.settings import Count, Few, Many, Number, Positive, Seed, settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(RankError)
 class Constraints:
-    """What rank tables a search may make.
-
-    step         Δ, the columns given up at a time; None for an eighth of the head dim
-    multiple     every rank is a multiple of it, or the head dim
-    min_rank     no rank is smaller; None for the smallest that the bases were trained at
-    max_rank     no rank is larger, protected layers excepted
-    equal_sides  a head has one rank for keys and values
-    equal_heads  all heads of a layer have one rank (for each side, unless `equal_sides`)
-    protected    layers that stay at full width
+    """What rank tables a search may make; protected layers have no largest rank.
 
     Raises:
         RankError: a number is out of range, or the limits leave no rank.
     """
 
-    step: int | None = None
-    multiple: int = 1
-    min_rank: int | None = None
-    max_rank: int | None = None
-    equal_sides: bool = False
-    equal_heads: bool = False
-    protected: tuple[int, ...] = ()
+    step: Count | None = Field(
+        default=None,
+        description="columns given up at a time; an eighth of the head dim unless given",
+    )
+    multiple: Count = Field(default=1, description="ranks are multiples of this, or the head dim")
+    min_rank: Number | None = Field(
+        default=None, description="smallest rank; the smallest trained unless given"
+    )
+    max_rank: Number | None = Field(default=None, description="largest rank")
+    equal_sides: bool = Field(default=False, description="key rank = value rank")
+    equal_heads: bool = Field(default=False, description="one rank for a layer's heads of a side")
+    protected: Many[Number] = Field(default=(), description="layer to keep at full rank")
 
     def __post_init__(self) -> None:
-        for name, lowest in (("step", 1), ("multiple", 1), ("min_rank", 0), ("max_rank", 0)):
-            number = getattr(self, name)
-            if number is not None and number < lowest:
-                raise RankError(f"{name} {number} must be at least {lowest}")
         if self.max_rank is not None and self.max_rank < (self.min_rank or 0):
             raise RankError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
 
@@ -73,59 +68,60 @@ class Constraints:
         return tuple(ranks)
 
 
-Method = Literal["fisher", "greedy", "uniform"]
-METHODS: tuple[str, ...] = get_args(Method)
+def as_fraction(given: object) -> object:
+    """0.05 from "5%" or "0.05"; what is no text is left as it is."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return float(given[:-1]) / 100 if given.endswith("%") else float(given)
+    except ValueError:
+        raise BudgetError(
+            f"{given!r} must be a percentage, as 5%, or a fraction, as 0.05"
+        ) from None
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(BudgetError)
 class AllocateConfig:
     """How to allocate.
 
-    budgets                   tables to store; None for every eighth that the constraints allow
-    max_kl                    also store the smallest cache whose KL, in nats a token, stays below
-    max_perplexity_increase   the same for perplexity: 0.05 for 5%
-    search_tokens             text a search reads in one go: fisher's expansions, greedy's rounds
-    held_out_tokens           text after it on which the tables are verified
-    expansions                fisher: points on the way from 100% to 12.5%, in equal relative steps
-    samples                   fisher: label sequences drawn for a sequence of text
-    blend                     fisher: draw the tables towards equal ranks where that is better, by
-                              the loss that trained the bases
-    drops                     greedy: drops taken a round; the paper takes one
-    batched                   greedy: tables that go through the model together
+    The search reads `search_tokens` of text in one go: fisher for every expansion, greedy in every
+    round; the tables are verified on the `held_out_tokens` after it.
+
+    Raises:
+        BudgetError: a value is out of range; the message says which is allowed.
     """
 
-    method: Method = "fisher"
-    budgets: tuple[float, ...] | None = None
-    constraints: Constraints = field(default_factory=Constraints)
-    max_kl: float | None = None
-    max_perplexity_increase: float | None = None
-    search_tokens: int = 2048
-    held_out_tokens: int = 4096
-    expansions: int = 36
-    samples: int = 1
-    blend: bool = True
-    drops: int = 1
-    batched: int = 1
-    seed: int = 0
+    method: Literal["fisher", "greedy", "uniform"] = Field(
+        default="fisher", description="fisher, greedy or uniform"
+    )
+    budgets: Many[Budget] | None = Field(
+        default=None, description="may be given several times; every eighth by default"
+    )
+    constraints: Constraints = Field(default_factory=Constraints)
+    max_kl: Positive | None = Field(
+        default=None, description="also the smallest cache within this KL, in nats a token"
+    )
+    max_perplexity_increase: Annotated[Positive, BeforeValidator(as_fraction)] | None = Field(
+        default=None, description="also the smallest cache within this increase, as 5% or 0.05"
+    )
+    search_tokens: Count = Field(default=2048, description="tokens read at a time")
+    held_out_tokens: Count = Field(
+        default=4096, description="tokens on which the tables are verified"
+    )
+    expansions: Annotated[int, Field(gt=0, le=1024)] = Field(
+        default=36,
+        description="fisher: points on the way from 100% to 12.5%, in equal relative steps",
+    )
+    samples: Few = Field(
+        default=1, description="fisher: label sequences drawn for a sequence of text"
+    )
+    blend: bool = Field(
+        default=True, description="fisher: draw the tables towards equal ranks where that is better"
+    )
+    drops: Few = Field(default=1, description="greedy: drops a round; the paper takes one")
+    batched: Few = Field(default=1, description="greedy: tables that go through the model together")
+    seed: Seed = Field(default=0, description="fisher: seed of the labels")
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise MatkvError(f"method {self.method!r} must be one of {', '.join(METHODS)}")
-        if self.budgets is not None and not self.budgets:
+        if self.budgets == ():
             raise BudgetError("no budget is given: name one, or leave budgets out for all eighths")
-        for budget in self.budgets or ():
-            check_budget(budget)
-        for name in (
-            "search_tokens",
-            "held_out_tokens",
-            "expansions",
-            "samples",
-            "drops",
-            "batched",
-        ):
-            if getattr(self, name) < 1:
-                raise MatkvError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("max_kl", "max_perplexity_increase"):
-            limit = getattr(self, name)
-            if limit is not None and not (math.isfinite(limit) and limit > 0):
-                raise BudgetError(f"{name} {limit} must be a number above 0")

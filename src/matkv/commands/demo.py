@@ -24,7 +24,7 @@ from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.commands import console
 from matkv.commands.bars import search_progress, token_progress, training_progress
 from matkv.commands.options import JsonOpt
-from matkv.distill.config import DistillConfig
+from matkv.distill.config import DistillConfig, ProbeSettings
 from matkv.distill.stage import distill
 from matkv.errors import MatkvError
 from matkv.evaluate.texts import Row, evaluate
@@ -44,7 +44,7 @@ DISTILL = DistillConfig(
     kl=0.25,
     ce=0.75,
     lr=1e-2,
-    probe_every=20,
+    probe=ProbeSettings(every=20),
 )
 # Less text than `matkv allocate` takes by itself: a minute or two instead of several.
 ALLOCATE = AllocateConfig(expansions=12, search_tokens=1024, held_out_tokens=1024)

@@ -55,7 +55,7 @@ def training_arguments(
         save_strategy="steps" if save else "no",
         save_steps=config.checkpoint_every,
         save_total_limit=2,
-        logging_steps=config.probe_every,
+        logging_steps=config.probe.every,
         logging_nan_inf_filter=False,
         report_to=list(config.trackers),
         disable_tqdm=True,
@@ -117,7 +117,7 @@ class DistillTrainer(Trainer):
             {"params": bases, "lr": self.config.lr, "eps": ADAM_EPSILON}
         ]
         if adapters:
-            groups.append({"params": adapters, "lr": self.config.lora_lr})
+            groups.append({"params": adapters, "lr": self.config.lora.lr})
         self.optimizer = torch.optim.Adam(groups)
         return self.optimizer
 
@@ -218,7 +218,7 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
         probes: dict[float, float] = {}
-        if self.probe is not None and step % trainer.config.probe_every == 0:
+        if self.probe is not None and step % trainer.config.probe.every == 0:
             probes = self.probe.measure(trainer.student)
         loss, trainer.step_loss = trainer.step_loss, 0.0
         if probes:

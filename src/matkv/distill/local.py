@@ -85,8 +85,8 @@ def fit_locally(
     Raises:
         TrainingError: the loss is not a finite number.
     """
-    optimizer = torch.optim.Adam(bases.parameters(), lr=config.local_lr, eps=ADAM_EPSILON)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.local_steps)
+    optimizer = torch.optim.Adam(bases.parameters(), lr=config.local.lr, eps=ADAM_EPSILON)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.local.steps)
     modules = attention_modules(model)
     spent, started = Spent(0, 0, 0.0), time.perf_counter()
     for step, batch in enumerate(_batches(model, data, config), start=1):
@@ -99,7 +99,7 @@ def fit_locally(
         tokens = spent.tokens + batch.batch.tokens
         spent = Spent(step, tokens, time.perf_counter() - started)
         if on_progress is not None:
-            on_progress(_progress(spent, config.local_steps, loss))
+            on_progress(_progress(spent, config.local.steps, loss))
         if interrupt.agreed(model.device):
             break
     return spent
@@ -121,16 +121,16 @@ def _batches(
     model: PreTrainedModel, data: TrainingSet, config: DistillConfig
 ) -> Iterator[LocalBatch]:
     """Record as many sequences as memory allows, use each `local_reuse` times, and go on."""
-    size, step, first = config.local_batch_size, 0, 0
-    wanted = -(-config.local_steps * size // config.local_reuse)
+    size, step, first = config.local.batch_size, 0, 0
+    wanted = -(-config.local.steps * size // config.local.reuse)
     generator = torch.Generator().manual_seed(config.seed)
-    while step < config.local_steps:
+    while step < config.local.steps:
         items = [data.example(first)]
         room = RECORD_BYTES // (_bytes_per_token(model) * len(items[0]["input_ids"]))
         count = max(size, min(wanted, room))
         items += [data.example(first + index) for index in range(1, count)]
         recorders = _record(model, items)
-        for _ in range(config.local_reuse):
+        for _ in range(config.local.reuse):
             order: list[int] = torch.randperm(count, generator=generator).tolist()
             for start in range(0, count - size + 1, size):
                 drawn = [data.sizes(step * size + index) for index in range(size)]
@@ -138,7 +138,7 @@ def _batches(
                 batch = as_batch([items[index] for index in picks])
                 yield LocalBatch(recorders, picks, batch, torch.stack(drawn))
                 step += 1
-                if step == config.local_steps:
+                if step == config.local.steps:
                     return
         first += count
 

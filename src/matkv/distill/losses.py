@@ -12,32 +12,31 @@ of it, M model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from matkv.errors import TrainingError
 from matkv.logits import CHUNK_ELEMENTS, row_blocks
+from matkv.settings import NotNegative, Positive, settings
 
 Head = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(TrainingError)
 class LossWeights:
     """How much the divergence and the cross-entropy count, and the divergence's temperature."""
 
-    kl: float = 1.0
-    ce: float = 0.0
-    temperature: float = 1.0
+    kl: NotNegative = Field(default=1.0, description="weight of the divergence")
+    ce: NotNegative = Field(default=0.0, description="weight of the cross-entropy")
+    temperature: Positive = Field(default=1.0, description="temperature of the divergence")
 
     def __post_init__(self) -> None:
-        if self.kl < 0 or self.ce < 0 or self.kl + self.ce == 0:
+        if self.kl + self.ce == 0:
             raise TrainingError(f"kl {self.kl} and ce {self.ce} must be 0 or more, one above 0")
-        if self.temperature <= 0:
-            raise TrainingError(f"temperature {self.temperature} must be above 0")
 
 
 def chunk_size(students: int, vocabulary: int) -> int:

@@ -99,7 +99,7 @@ class _Run:
 
     def local(self, examples: Examples) -> None:
         config = self.config
-        data = self._data(examples, config.local_batch_size, config.local_steps)
+        data = self._data(examples, config.local.batch_size, config.local.steps)
         spent = fit_locally(
             self.model,
             self.bases,
@@ -121,9 +121,7 @@ class _Run:
         config = self.config
         adapters = self._adapters()
         try:
-            student = Student(
-                self.model, self.bases, config.loss_weights, adapters, recent=self.recent
-            )
+            student = Student(self.model, self.bases, config, adapters, recent=self.recent)
             data = self._data(examples, config.batch_size, arguments.max_steps)
             trainer = DistillTrainer(student, data, config, arguments, self.done)
             spent = train_end_to_end(
@@ -162,14 +160,14 @@ class _Run:
 
     def _adapters(self) -> Adapters | None:
         config = self.config
-        if config.lora_rank == 0:
+        if config.lora.rank == 0:
             return None
         with own_randomness(config.seed):
             return Adapters(
                 self.model,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                dropout=config.lora.dropout,
             )
 
     @property
@@ -196,7 +194,7 @@ class _Run:
     def _probe(self, held_out: Examples | None) -> Probe | None:
         if held_out is None:
             return None
-        budgets = self.config.probe_budgets
+        budgets = self.config.probe.budgets
         rungs = dict(zip(budgets, uniform_rungs(self._axes(), budgets), strict=True))
         return Probe(as_batch(_first(held_out)), rungs)
 
