@@ -10,7 +10,6 @@ one stopped. Perplexity at uniform ranks, except `shares`.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from matkv import data
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import made
+from matkv.artifact.results import Kind, Results
 from matkv.bases.maps import Maps, SideBases
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.distill.config import DistillConfig, LocalSettings
@@ -37,6 +37,7 @@ from matkv.ranks import SIDES, RankTable
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 SHARES = ((0.25, 0.5), (0.375, 0.375), (0.5, 0.25))  # (keys, values) of a 37.5% budget
 BATCH, LENGTH, LOCAL_BATCH = 4, 256, 8
+ABLATIONS = Kind("ablations", ("variant",))
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,11 @@ def main() -> None:
     parser.add_argument("--text", default="default")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
-    rows = json.loads(options.out.read_text()) if options.out.is_file() else []
+    results = Results(None, ABLATIONS, file=options.out)
     if not options.table:
-        for row in measured(options, {row["variant"] for row in rows}):
-            rows.append(row)
-            new = options.out.with_suffix(".new")
-            new.write_text(json.dumps(rows, indent=1))
-            new.replace(options.out)
-    print(table(rows))
+        for row in measured(options, {row["variant"] for row in results.rows}):
+            results.put([row])
+    print(table(results.rows))
 
 
 def measured(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:

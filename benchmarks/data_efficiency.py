@@ -7,49 +7,51 @@ KL(teacher ‖ student) on held-out articles in nats a token, as the run was tol
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Distilled, entries
 from matkv.errors import MatkvError
+from matkv.progress import CurvePoint
 
 
-def curve_of(artifact: Artifact) -> list[dict[str, Any]]:
+def curve_of(artifact: Artifact) -> list[CurvePoint]:
     """The points of all distillations that made the artifact, tokens counted on.
 
     Raises:
         MatkvError: none of them kept a curve.
     """
-    points: list[dict[str, Any]] = []
-    for entry in artifact.history:
-        stage = entry.get("stages", {}).get("end-to-end", {})
-        before = points[-1]["tokens"] if points else 0
-        points += [p | {"tokens": before + p["tokens"]} for p in stage.get("curve", [])]
+    points: list[CurvePoint] = []
+    for trained in entries(artifact.history, Distilled):
+        before = points[-1].tokens if points else 0
+        curve = trained.stages["end-to-end"].curve if "end-to-end" in trained.stages else ()
+        points += [replace(point, tokens=before + point.tokens) for point in curve]
     if not points:
         raise MatkvError("the artifact keeps no curve: distill it with --config and probe_every")
     return points
 
 
-def table(points: list[dict[str, Any]]) -> str:
-    budgets = sorted({budget for point in points for budget in point["probes"]}, key=float)[::-1]
+def table(points: list[CurvePoint]) -> str:
+    budgets = sorted({budget for point in points for budget in point.probes}, key=float)[::-1]
     head = ["sequences of 256 tokens", *(f"{float(budget):.1%}" for budget in budgets)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for point in points:
-        cells = [f"{point['tokens'] // 256:,}"]
-        cells += [f"{point['probes'][b]:.3f}" if b in point["probes"] else "" for b in budgets]
+        cells = [f"{point.tokens // 256:,}"]
+        cells += [f"{point.probes[b]:.3f}" if b in point.probes else "" for b in budgets]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot(points: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot(points: list[CurvePoint], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for budget in sorted({budget for point in points for budget in point["probes"]}, key=float):
-        seen = [(p["tokens"], p["probes"][budget]) for p in points if budget in p["probes"]]
+    for budget in sorted({budget for point in points for budget in point.probes}, key=float):
+        seen = [(p.tokens, p.probes[budget]) for p in points if budget in p.probes]
         axes.plot(*zip(*seen, strict=True), marker="o", markersize=3, label=f"{float(budget):.1%}")
     axes.set(xlabel="tokens seen", ylabel="KL on held-out text, nats a token", title=title)
     axes.set_yscale("log")

@@ -18,16 +18,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from matkv.artifact import results
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.evaluate.scores import AVERAGE, summarize
-from matkv.ranks import digest_of
 
 
 def rows_of(run: Path, kind: str, uniform: bool) -> list[Record]:
     """The rows of this artifact's own bases, ranks and recent, and of the full cache."""
     artifact = Artifact.load(run)
-    mine, windows = digest(artifact), (None, artifact.recent)
+    mine, windows = artifact.digest, (None, artifact.recent)
 
     def fits(row: Record) -> bool:
         if row["artifact"] != mine or row["recent"] not in windows:
@@ -35,7 +34,7 @@ def rows_of(run: Path, kind: str, uniform: bool) -> list[Record]:
         if row["budget"] is None:
             return True
         table = artifact.table(row["budget"], uniform=uniform)
-        return bool(row["ranks"] == digest_of(table))
+        return bool(row["ranks"] == table.digest)
 
     return [row for row in results.load_rows(run, kind) if fits(row)]
 

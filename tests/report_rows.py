@@ -8,9 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Allocated, Check, Distilled
 from matkv.artifact.results import Kind, Results
-from matkv.ranks import RankTable, digest_of
+from matkv.progress import CurvePoint, Spent
+from matkv.ranks import RankTable
 from matkv.report.pictures.theme import Picture
 
 BUDGETS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -42,9 +44,10 @@ def fill(run: Path, *, worse: float = 1.0, tables: bool = True) -> Artifact:
     if tables:
         artifact = with_tables(artifact)
     artifact = artifact.with_history(
-        "distill",
-        stages={"end-to-end": {"steps": 40, "tokens": 40_000, "minutes": 3.0, "curve": curve()}},
-        settings={"lr": 0.01, "seed": 0, "rungs": [0.25, 0.5]},
+        Distilled(
+            stages={"end-to-end": Spent(40, 40_000, 180.0, curve())},
+            settings={"lr": 0.01, "seed": 0, "rungs": [0.25, 0.5]},
+        )
     )
     artifact.save(run)
     kinds = {
@@ -78,31 +81,30 @@ def with_tables(artifact: Artifact) -> Artifact:
                 ranks.append(tuple(round(one) if shape.grows else full for one in kept))
             sides.append(tuple(ranks))
         tables[budget] = RankTable(artifact.geometry, sides[0], sides[1])
-    checks = [
-        {"budget": b, "kl": 0.02 / b**3, "uniform_kl": 0.03 / b**3, "key_share": 1} for b in tables
-    ]
-    return replace(artifact, tables=tables).with_history("allocate", method="fisher", tables=checks)
+    checks = tuple(Check(budget=b, kl=0.02 / b**3, uniform_kl=0.03 / b**3) for b in tables)
+    entry = Allocated(settings={"method": "fisher"}, checks=checks)
+    return replace(artifact, tables=tables).with_history(entry)
 
 
-def curve() -> list[dict[str, Any]]:
-    return [
-        {
-            "step": step,
-            "tokens": 1024 * step,
-            "seconds": 4.5 * step,
-            "loss": 1.5 / (1 + step / 12),
-            "probes": {str(b): 0.4 / b / (1 + step / 20) for b in (0.75, 0.5, 0.25)},
-        }
+def curve() -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(
+            step=step,
+            tokens=1024 * step,
+            seconds=4.5 * step,
+            loss=1.5 / (1 + step / 12),
+            probes={str(b): 0.4 / b / (1 + step / 20) for b in (0.75, 0.5, 0.25)},
+        )
         for step in range(0, 41, 4)
-    ]
+    )
 
 
 def named(artifact: Artifact, budget: float | None, *, uniform: bool = False) -> dict[str, Any]:
     """What identifies a row's cache."""
     table = None if budget is None else artifact.table(budget, uniform=uniform)
     return {
-        "artifact": digest(artifact),
-        "ranks": digest_of(table),
+        "artifact": artifact.digest,
+        "ranks": None if table is None else table.digest,
         "budget": budget,
         "sink": 0,
         "recent": 0,
@@ -123,7 +125,7 @@ def cost(cache: dict[str, Any], artifact: Artifact, worse: float) -> float:
     if cache["budget"] is None:
         return 0.0
     budget: float = cache["budget"]
-    uniform = cache["ranks"] == digest_of(artifact.table(budget, uniform=True))
+    uniform = cache["ranks"] == artifact.table(budget, uniform=True).digest
     return worse * (1.3 if uniform else 1.0) * 0.08 * (1 / budget**2 - 1)
 
 
@@ -223,7 +225,7 @@ def peers(artifact: Artifact) -> list[dict[str, Any]]:
     return [
         {
             **shared,
-            **({"artifact": digest(artifact)} if family == "matkv" else {}),
+            **({"artifact": artifact.digest} if family == "matkv" else {}),
             "method": method,
             "setting": setting,
             "family": family,

@@ -15,6 +15,7 @@ from transformers import DynamicCache, QuantizedCache
 
 import matkv
 from matkv.artifact.lora import Lora
+from matkv.artifact.results import Results
 from matkv.bases.maps import Maps
 from matkv.cache.cache import attached_projections
 from matkv.ranks import RankTable
@@ -31,7 +32,7 @@ from peers.protocol import (
     score,
     tensor_nbytes,
 )
-from peers.table import KEYS, front, level, load_rows, markdown, save_row
+from peers.table import PEERS, front, level, markdown
 from tiny import Tiny, build, tokens
 
 PROTOCOL = Protocol(length=32, context=20, chunk=5)
@@ -502,11 +503,11 @@ def test_the_front_holds_what_nothing_smaller_beats() -> None:
 
 def test_rows_are_replaced_by_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "peers.json"
-    first = {name: 1 for name in KEYS} | {"perplexity": None}
-    save_row(path, first)
-    save_row(path, first | {"windows": 2})
-    save_row(path, first | {"perplexity": 5.0})
-    assert [row["perplexity"] for row in load_rows(path)] == [5.0, None]
+    first: Row = {name: 1 for name in PEERS.keys} | {"perplexity": None}
+    results = Results(None, PEERS, file=path)
+    for row in (first, first | {"windows": 2}, first | {"perplexity": 5.0}):
+        results.put([row])
+    assert [row["perplexity"] for row in Results(None, PEERS, file=path).rows] == [5.0, None]
     assert json.loads(path.read_text())["kind"] == "peers"
     assert [file.name for file in path.parent.iterdir()] == ["peers.json"]
 

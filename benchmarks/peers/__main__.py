@@ -9,7 +9,6 @@ where it stopped. A method that fails leaves a row that says why.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shlex
 import sys
 import tempfile
@@ -22,14 +21,15 @@ from torch import Tensor
 
 from matkv import data
 from matkv.artifact.artifact import Artifact
-from matkv.artifact.records import made
+from matkv.artifact.results import Results
+from matkv.files import digest
 from matkv.models.default import DEFAULT_MODEL, default_model_dir
 from matkv.models.load import load_model
 
 from . import environments, presses, quantized, shrink
 from .entries import CALIBRATION_WINDOW, Calibration, entries
 from .protocol import Contestant, Protocol, Row, attempt, control, failure
-from .table import is_finished, key_of, load_rows, markdown, save_row
+from .table import PEERS, is_finished, markdown
 
 MODULES: dict[str, Any] = {"quantized": quantized, "presses": presses, "shrink": shrink}
 METHODS = ("full", "matkv", "pca", "latents", "palu", "eigen", *MODULES)
@@ -40,7 +40,7 @@ BUDGETS = (0.75, 0.5, 0.375, 0.25)
 class Run:
     """What every row of a run shares."""
 
-    out: Path
+    results: Results
     protocol: Protocol
     windows_NT: Tensor
     shared: Row
@@ -50,13 +50,12 @@ class Run:
 
     def is_done(self, contestant: Contestant, **extra: Any) -> bool:
         names = {"method": contestant.method, "setting": contestant.setting}
-        wanted = key_of(self.row(names, **extra))
-        return any(key_of(row) == wanted and is_finished(row) for row in load_rows(self.out))
+        found = self.results.find(self.row(names, **extra))
+        return found is not None and is_finished(found)
 
     def keep(self, row: Row, **extra: Any) -> None:
         command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
-        complete = self.row(row, **extra) | {"made": made(command=command)}
-        save_row(self.out, complete)
+        (complete,) = self.results.add([self.row(row, **extra)], command=command)
         value = complete["perplexity"]
         figure = complete["note"] if value is None else f"perplexity {value:.2f}"
         budget = f"{complete['budget']:.3f}  " if "budget" in complete else ""
@@ -88,29 +87,30 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    results = Results(None, PEERS, file=options.out)
     if not options.table:
-        measure(options)
-    print(markdown(load_rows(options.out)))
+        measure(options, results)
+    print(markdown(results.rows))
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace, results: Results) -> None:
     """Score what the options name and is not finished yet."""
     protocol = Protocol(length=options.length, context=options.context, chunk=options.chunk)
     model, tokenizer = load_model(options.model, options.dtype, device=options.device)
     texts = data.read_texts(options.text, "validation")
     tokens = options.windows * options.length
     windows_NT = data.text_windows(tokenizer, texts, options.length, tokens)
-    digest = hashlib.sha256(windows_NT.numpy().tobytes()).hexdigest()[:8]
+    content = digest(windows_NT.numpy().tobytes())[:8]
     shared = {
         "model": options.model,
         "dtype": options.dtype,
-        "text": f"{Path(options.text).name} ({digest})",
+        "text": f"{Path(options.text).name} ({content})",
         "windows": len(windows_NT),
         "length": protocol.length,
         "prefill": protocol.context,
         "chunk": protocol.chunk,
     }
-    run = Run(out=options.out, protocol=protocol, windows_NT=windows_NT, shared=shared)
+    run = Run(results=results, protocol=protocol, windows_NT=windows_NT, shared=shared)
     chosen = options.methods.split(",")
     training = partial(data.read_texts, "default", "train")
     calibration = Calibration(model, tokenizer, training, options.calibrate_tokens)

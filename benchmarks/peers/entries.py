@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from matkv import data
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import collect_moments
@@ -75,7 +75,7 @@ def entries(
         yield Entry(Contestant(method="full cache", setting="", family="full", build=Method))
     calibrated = {"calibrated_on": calibration.tokens}
     for name, artifact in artifacts.items():
-        extra = {"artifact": digest(artifact)}
+        extra = {"artifact": artifact.digest}
         if "matkv" in methods:
             yield from (Entry(one, extra) for one in of_artifact(name, artifact, budgets))
         if "latents" in methods:

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+
+from matkv.artifact.results import Kind
 
 from .protocol import Row, summary
 
 # What tells two measurements apart; a row replaces an older one that is equal in all of these.
 TASK = ("model", "dtype", "text", "windows", "length", "prefill", "chunk")
-KEYS = (*TASK, "method", "setting", "artifact", "calibrated_on")
+PEERS = Kind("peers", (*TASK, "method", "setting", "artifact", "calibrated_on"))
 LEVELS = (0.75, 0.5, 0.375, 0.25, 0.125)
 OURS = ("matkv", "matkv + quantization")
-
-
-# ---- the file
-
-
-def load_rows(path: Path) -> list[Row]:
-    """The rows of a file, none where there is no such file."""
-    if not path.is_file():
-        return []
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return rows
-
-
-def save_row(path: Path, row: Row) -> None:
-    """Add a row in place of an older one with equal keys; the file is replaced at once."""
-    rows = {key_of(old): old for old in load_rows(path)} | {key_of(row): row}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    text = json.dumps({"kind": "peers", "rows": list(rows.values())}, indent=1)
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def key_of(row: Row) -> str:
-    return json.dumps([row.get(name) for name in KEYS])
 
 
 def is_finished(row: Row) -> bool:
@@ -120,7 +90,7 @@ def front(rows: Sequence[Row], measure: str = "budget") -> set[str]:
     for row in ordered:
         if row["perplexity"] < best:
             best = row["perplexity"]
-            keys.add(key_of(row))
+            keys.add(PEERS.key(row))
     return keys
 
 
@@ -177,7 +147,7 @@ def _all_rows(rows: list[Row]) -> str:
             f"{row['bytes_per_token']:,.0f}",
             f"{row['perplexity']:.2f}",
             _plus_minus(*difference(row, full)) if full else "",
-            "●" if key_of(row) in marked else "",
+            "●" if PEERS.key(row) in marked else "",
             f"{row['seconds_per_window']:.2f}",
             row["note"],
         ]

@@ -13,6 +13,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Calibrated
 from matkv.bases import moments
 from matkv.bases.maps import SideBases
 from matkv.bases.moments import KeyBasis, LayerMoments, ValueBasis
@@ -82,4 +83,4 @@ def artifact_from(
         sink=config.sink,
         recent=config.recent,
     )
-    return artifact.with_history("calibrate", **asdict(config), tokens=tokens)
+    return artifact.with_history(Calibrated(settings=asdict(config), tokens=tokens))

@@ -7,6 +7,7 @@ leaves what was there before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,14 @@ def cache_home() -> Path:
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg) / "matkv"
     return Path.home() / ".cache" / "matkv"
+
+
+def digest(*parts: bytes) -> str:
+    """A short name of some content: equal only where all of it is equal."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()[:12]
 
 
 # ---- reading

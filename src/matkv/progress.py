@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -45,6 +45,10 @@ class CurvePoint:
     loss: float
     probes: dict[str, float]
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CurvePoint:
+        return cls(**{one.name: data[one.name] for one in fields(cls)})
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -59,6 +63,11 @@ class Spent:
         minutes = round(self.seconds / 60, 2)
         spent = {"steps": self.steps, "tokens": self.tokens, "minutes": minutes}
         return spent | {"curve": [asdict(point) for point in self.curve]} if self.curve else spent
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Spent:
+        curve = tuple(CurvePoint.from_json(point) for point in data.get("curve", ()))
+        return cls(data["steps"], data["tokens"], 60 * data["minutes"], curve)
 
 
 OnProgress = Callable[[Progress], None]

@@ -6,7 +6,6 @@ width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` count
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 from pydantic import AfterValidator
 
 from matkv.errors import BudgetError, RankError
+from matkv.files import digest
 from matkv.schedule import whole_grains
 
 Side = Literal["key", "value"]
@@ -212,6 +212,11 @@ class RankTable:
             total += tokens * kept + exact * (shape.columns - kept)
         return total * batch * dtype.itemsize
 
+    @property
+    def digest(self) -> str:
+        """A short name of the table."""
+        return digest(json.dumps(self.to_json()).encode())
+
     # ---- JSON
 
     def to_json(self) -> dict[str, Any]:
@@ -279,10 +284,3 @@ def _check_layer(side: Side, index: int, ranks: LayerRanks, shape: LayerShape) -
         raise RankError(
             f"{where}: {ranks} given, but a layer with a sliding window stays at {shape.head_dim}"
         )
-
-
-def digest_of(table: RankTable | None) -> str | None:
-    """A short name of a rank table; None for the full cache."""
-    if table is None:
-        return None
-    return hashlib.sha256(json.dumps(table.to_json()).encode()).hexdigest()[:12]

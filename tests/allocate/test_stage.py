@@ -24,6 +24,7 @@ from matkv.allocate.rounds import Progress, gated_projections
 from matkv.allocate.space import Space
 from matkv.allocate.stage import allocate
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Distilled
 from matkv.bases.gates import GatedProjection
 from matkv.distill.bases import rank_axes
 from matkv.errors import BudgetError, DataError, MatkvError, RankError
@@ -407,7 +408,7 @@ def test_bases_of_another_model_are_refused(llama: Tiny) -> None:
 
 def test_no_head_gets_a_rank_that_training_never_drew(llama: Tiny) -> None:
     axes = rank_axes(llama.geometry, 4)
-    trained = llama.artifact.with_history("distill", schedule=Independent(axes).to_json())
+    trained = llama.artifact.with_history(Distilled(schedule=Independent(axes)))
     config = AllocateConfig(**SMALL, budgets=(0.5,), constraints=Constraints(step=4))
     for artifact, lowest in ((llama.artifact, 0), (trained, 4)):
         found = allocate(llama.model, artifact, BATCHES, config)
@@ -417,7 +418,7 @@ def test_no_head_gets_a_rank_that_training_never_drew(llama: Tiny) -> None:
 
 
 def test_tables_are_blended_by_the_loss_that_trained_the_bases(llama: Tiny) -> None:
-    trained = llama.artifact.with_history("distill", settings={"kl": 0.5, "ce": 1.5})
+    trained = llama.artifact.with_history(Distilled(settings={"kl": 0.5, "ce": 1.5}))
     assert llama.artifact.loss_weights == (1.0, 0.0)
     assert trained.loss_weights == (0.25, 0.75)
     made = allocate(llama.model, trained, BATCHES, FISHER)

@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 import matkv
 from matkv.artifact import storage
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Distilled
 from matkv.artifact.storage import checksum
 from matkv.bases.maps import Maps, SideBases
 from matkv.errors import ArtifactError, BudgetError, FingerprintError
+from matkv.progress import Spent
 from matkv.ranks import SIDES, Geometry, LayerShape, RankTable
 from tiny import Tiny, ragged_table, random_maps
 
@@ -144,8 +146,9 @@ def test_a_smaller_table_than_asked_for_is_announced(caplog: pytest.LogCaptureFi
 
 def test_history_grows_in_a_copy() -> None:
     artifact = make()
-    longer = artifact.with_history("distill", steps=3)
-    assert longer.history == (*artifact.history, {"stage": "distill", "steps": 3})
+    entry = Distilled(stages={"local": Spent(3, 96, 60.0)})
+    longer = artifact.with_history(entry)
+    assert longer.history == (*artifact.history, entry.to_json())
     assert len(artifact.history) == 1
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from matkv.artifact.artifact import digest
 from matkv.artifact.records import made
 from matkv.artifact.results import Kind, Results, load_rows
 from matkv.artifact.setting import FULL, Setting, was_uniform
 from matkv.errors import ArtifactError, BudgetError, RankError
-from matkv.ranks import RankTable, digest_of
+from matkv.ranks import RankTable
 from tiny import tiny
 
 TASKS = Kind("tasks", ("task", "budget"))
@@ -101,7 +100,7 @@ def test_older_rows_are_read_as_they_were_meant(tmp_path: Path) -> None:
 def test_every_kind_of_row_spells_its_cache_alike() -> None:
     artifact = replace(tiny("llama").artifact, sink=1, recent=8)
     full = Setting(uniform=True, sink=2, recent=3).record(artifact, torch.bfloat16)
-    assert full == FULL | {"artifact": digest(artifact), "dtype": "bfloat16"}
+    assert full == FULL | {"artifact": artifact.digest, "dtype": "bfloat16"}
     half = Setting(budget=0.5, recent=3).record(artifact, torch.float32)
     assert list(half) == list(full)
     assert {name: half[name] for name in ("budget", "uniform", "sink", "recent")} == {
@@ -110,7 +109,7 @@ def test_every_kind_of_row_spells_its_cache_alike() -> None:
         "sink": 1,
         "recent": 3,
     }
-    assert half["ranks"] == digest_of(artifact.table(0.5))
+    assert half["ranks"] == artifact.table(0.5).digest
 
 
 def test_a_way_is_set_at_a_budget_and_says_what_is_special_of_it() -> None:
@@ -149,11 +148,10 @@ def test_a_digest_tells_bases_and_tables_apart() -> None:
     sides = dict(artifact.bases[layer])
     sides["key"] = replace(sides["key"], maps=turned)
     other = replace(artifact, bases={**artifact.bases, layer: sides})
-    assert digest(artifact) == digest(replace(artifact, sink=4))
-    assert digest(artifact) != digest(other)
+    assert artifact.digest == replace(artifact, sink=4).digest
+    assert artifact.digest != other.digest
     half, full = (RankTable.uniform(artifact.geometry, budget) for budget in (0.5, 1.0))
-    assert digest_of(half) != digest_of(full)
-    assert digest_of(None) is None
+    assert half.digest != full.digest
 
 
 def test_made_says_when_on_what_and_how() -> None:

@@ -13,11 +13,10 @@ import torch
 import matkv
 from matkv import cli
 from matkv.artifact import results
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.setting import Setting
 from matkv.cache.cache import LatentCache
 from matkv.evaluate import samples
-from matkv.ranks import digest_of
 from matkv.report.page import Table
 from matkv.report.runs import read_runs
 from matkv.report.sections.speed import speed_section
@@ -58,7 +57,7 @@ def test_samples_are_generated_kept_and_shown(
     assert json.loads(captured.out)["page"] == str(out / "index.html")
     rows = results.load_rows(run, "samples")
     assert [row["budget"] for row in rows] == [None, 0.5, 1.0]
-    assert {row["artifact"] for row in rows} == {digest(Artifact.load(run))}
+    assert {row["artifact"] for row in rows} == {Artifact.load(run).digest}
     texts = {row["budget"]: row["text"] for row in rows}
     assert texts[None] == texts[1.0]
     assert "Who &lt;are&gt; you?" in (out / "index.html").read_text(encoding="utf-8")
@@ -113,9 +112,9 @@ def test_benchmark_keeps_its_rows_beside_the_artifact(
     rows = results.load_rows(run, "benchmark")
     assert [row["name"] for row in rows] == [row["name"] for row in printed]
     artifact = Artifact.load(run)
-    ranks = digest_of(artifact.table(0.5))
+    ranks = artifact.table(0.5).digest
     assert [row["ranks"] for row in rows] == [None, None, ranks]
-    assert {row["artifact"] for row in rows} == {digest(artifact)}
+    assert {row["artifact"] for row in rows} == {artifact.digest}
     assert {row["made"]["seed"] for row in rows} == {0}
     # With other exact tokens it is another measurement: the rows before stay.
     assert call(monkeypatch, "benchmark", str(run), *options, "--recent", "8") == 0

@@ -12,7 +12,7 @@ import torch
 
 import matkv
 from matkv.artifact import results
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.lora import Lora
 from matkv.artifact.records import Record
 from matkv.artifact.results import Results
@@ -22,7 +22,7 @@ from matkv.errors import BudgetError, DataError
 from matkv.evaluate.lm_eval_model import LoadedLM
 from matkv.evaluate.scores import accuracy
 from matkv.evaluate.tasks import TASKS, At, TaskConfig, score_tasks
-from matkv.ranks import RankTable, digest_of
+from matkv.ranks import RankTable
 from quiz import make_run, write_tasks
 
 
@@ -87,8 +87,8 @@ def test_rows_say_what_was_measured_and_how(score: Scorer, artifact: Artifact) -
     ]
     full, _, half, last = rows
     assert full["ranks"] is full["sink"] is full["recent"] is None
-    assert half["artifact"] == full["artifact"] == digest(artifact)
-    assert half["ranks"] == digest_of(RankTable.uniform(artifact.geometry, 0.5))
+    assert half["artifact"] == full["artifact"] == artifact.digest
+    assert half["ranks"] == RankTable.uniform(artifact.geometry, 0.5).digest
     assert (half["sink"], half["recent"], half["uniform"]) == (0, 0, False)
     assert half["dtype"] == "float32"
     assert half["made"]["seed"] == 0

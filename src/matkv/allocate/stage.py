@@ -28,6 +28,7 @@ from matkv.allocate.rounds import OnProgress, Rounds
 from matkv.allocate.space import TINY, Space
 from matkv.allocate.verify import own_budget
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Allocated
 from matkv.data.batch import Tokens
 from matkv.errors import DataError
 from matkv.hf.geometry import fingerprint, geometry_of
@@ -87,14 +88,14 @@ def allocate(
             checks = [verifier.entry(space, *named) for named in sorted(tables.items())]
     finally:
         model.train(was_training)
-    return replace(artifact, tables=tables).with_history(
-        "allocate",
-        **asdict(config),
+    entry = Allocated(
+        settings=asdict(config),
         seconds=round(time.perf_counter() - started, 1),
         interrupted=interrupted,
-        shares=[{"budget": budget, "share": share} for budget, share in sorted(shares.items())],
-        tables=checks,
+        shares=shares,
+        checks=tuple(checks),
     )
+    return replace(artifact, tables=tables).with_history(entry)
 
 
 def _never_below_training(config: AllocateConfig, artifact: Artifact) -> AllocateConfig:

@@ -6,12 +6,14 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
 from matkv.allocate.descent import Descent, uniform_descent
 from matkv.allocate.divergence import Divergence, Gated, Text, add_teacher, measure
 from matkv.allocate.space import TINY, Space
+from matkv.artifact.history import Check
 from matkv.errors import BudgetError
 from matkv.ranks import RankTable
 
@@ -44,26 +46,25 @@ class Verifier:
         """What training minimizes, over the teacher's, in nats a token."""
         return self.divergence(table).weighted(*self.weights)
 
-    def entry(self, space: Space, budget: float, table: RankTable) -> dict[str, float]:
+    def entry(self, space: Space, budget: float, table: RankTable) -> Check:
         """What an artifact's history keeps of a table; uniform ranks at the budget beside it."""
         found = self.divergence(table)
-        entry = {
-            "budget": budget,
-            "key_share": table.share("key"),
-            "value_share": table.share("value"),
-            "kl": found.kl,
-            "perplexity_increase": found.perplexity_increase,
-        }
+        entry = Check(
+            budget=budget,
+            key_share=table.share("key"),
+            value_share=table.share("value"),
+            kl=found.kl,
+            perplexity_increase=found.perplexity_increase,
+        )
         uniform = uniform_descent(space)
         count = uniform.count_for(budget)
         if count is None or uniform.table(count) == table:
             return entry
         equal = self.divergence(uniform.table(count))
-        entry["uniform_kl"] = equal.kl
-        entry["uniform_perplexity_increase"] = equal.perplexity_increase
         if equal.weighted(*self.weights) < found.weighted(*self.weights):
             logger.warning("at budget %g uniform ranks are better: search on more text", budget)
-        return entry
+        increase = equal.perplexity_increase
+        return replace(entry, uniform_kl=equal.kl, uniform_perplexity_increase=increase)
 
     def smallest(self, path: Descent, error: str, limit: float) -> RankTable:
         """The smallest table on the path whose `error`, a field of `Divergence`, is within `limit`.

@@ -11,10 +11,10 @@ Nothing is pickled, and a kill or a full disk while saving leaves the old artifa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matkv.artifact.history import Distilled, Entry, entries
 from matkv.artifact.lora import Lora
 from matkv.artifact.storage import (
     BASES,
@@ -39,9 +40,8 @@ from matkv.artifact.storage import (
 )
 from matkv.bases.maps import Maps, SideBases
 from matkv.errors import ArtifactError, FingerprintError, RankError
-from matkv.files import recover_directory, replacing_directory
+from matkv.files import digest, recover_directory, replacing_directory
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
-from matkv.schedule import schedule_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,22 @@ class Artifact:
     recent: int = 0
     history: tuple[dict[str, Any], ...] = ()
     lora: Lora | None = None
+
+    @property
+    def digest(self) -> str:
+        """A short name of the bases and adapters: equal only where these are bit-equal."""
+        return digest(*self._contents())
+
+    def _contents(self) -> Iterator[bytes]:
+        for layer, sides in sorted(self.bases.items()):
+            for side in SIDES:
+                maps = sides[side].maps
+                yield f"{layer}.{side}".encode()
+                for map_XDD in (maps.encode_XDD, maps.decode_XDD):
+                    yield plain(map_XDD).numpy().tobytes()
+        for name, tensor in sorted(self.lora.tensors.items()) if self.lora is not None else ():
+            yield name.encode()
+            yield plain(tensor).numpy().tobytes()
 
     def maps(self, layer: int, side: Side) -> Maps:
         """The bases [GDD] of one side of one layer, and the way back."""
@@ -104,10 +120,8 @@ class Artifact:
     @property
     def smallest_trained_rank(self) -> int:
         """The smallest rank that the last training drew; 0 for bases that were not trained."""
-        for entry in reversed(self.history):
-            if "schedule" in entry:
-                return min(schedule_from_json(entry["schedule"]).smallest)
-        return 0
+        trained = entries(self.history, Distilled)
+        return trained[-1].smallest_rank if trained else 0
 
     @property
     def loss_weights(self) -> tuple[float, float]:
@@ -115,15 +129,12 @@ class Artifact:
 
         The two add up to one.
         """
-        for entry in reversed(self.history):
-            if "settings" in entry:
-                kl, ce = entry["settings"]["kl"], entry["settings"]["ce"]
-                return kl / (kl + ce), ce / (kl + ce)
-        return 1.0, 0.0
+        trained = entries(self.history, Distilled)
+        return (trained[-1].loss_weights if trained else None) or (1.0, 0.0)
 
-    def with_history(self, stage: str, **entry: Any) -> Artifact:
+    def with_history(self, entry: Entry) -> Artifact:
         """A copy with one more history entry."""
-        return replace(self, history=(*self.history, {"stage": stage, **entry}))
+        return replace(self, history=(*self.history, entry.to_json()))
 
     # ---- saving
 
@@ -220,19 +231,3 @@ def _describe(geometry: Geometry) -> str:
     shapes = sorted({(s.kv_heads, s.head_dim) for s in geometry.layers})
     heads = ", ".join(f"{heads} KV heads × {dim}" for heads, dim in shapes)
     return f"{len(geometry.layers)} layers, {len(geometry.growing)} of them growing, {heads}"
-
-
-def digest(artifact: Artifact) -> str:
-    """A short name of the bases and adapters: equal only where these are bit-equal."""
-    total = hashlib.sha256()
-    for layer, sides in sorted(artifact.bases.items()):
-        for side in SIDES:
-            maps = sides[side].maps
-            total.update(f"{layer}.{side}".encode())
-            for map_GDD in (maps.encode_XDD, maps.decode_XDD):
-                total.update(map_GDD.detach().cpu().float().contiguous().numpy().tobytes())
-    if artifact.lora is not None:
-        for name, tensor in sorted(artifact.lora.tensors.items()):
-            total.update(name.encode())
-            total.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return total.hexdigest()[:12]

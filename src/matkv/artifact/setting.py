@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.errors import MatkvError, RankError
-from matkv.ranks import RankTable, check_budget, digest_of
+from matkv.ranks import RankTable, check_budget
 
 # What a row was measured with: another row with equal values of these is the same measurement.
 # `uniform` says no more than `ranks`, which outlasts a search for other tables.
@@ -64,13 +64,13 @@ class Setting:
 
     def record(self, artifact: Artifact, dtype: torch.dtype) -> Record:
         """What identifies the cache in results, the same fields in all of them."""
-        about = {"artifact": digest(artifact), "dtype": str(dtype).removeprefix("torch.")}
-        if self.budget is None:
+        about = {"artifact": artifact.digest, "dtype": str(dtype).removeprefix("torch.")}
+        table = self.table(artifact)
+        if table is None:
             return FULL | about
         sink, recent = self.exact(artifact)
-        ranks = digest_of(self.table(artifact))
         how = {"budget": self.budget, "uniform": self.uniform, "sink": sink, "recent": recent}
-        return FULL | about | how | {"ranks": ranks}
+        return FULL | about | how | {"ranks": table.digest}
 
 
 def was_uniform(row: Record, artifact: Artifact) -> bool | None:
@@ -82,10 +82,10 @@ def was_uniform(row: Record, artifact: Artifact) -> bool | None:
     budget, ranks = row.get("budget"), row.get("ranks")
     if budget is None or ranks is None:
         return bool(row.get("uniform"))
-    if ranks in map(digest_of, artifact.tables.values()):
+    if ranks in {table.digest for table in artifact.tables.values()}:
         return False
     try:
         uniform = RankTable.uniform(artifact.geometry, budget)
     except MatkvError:  # another step than the default made such a budget possible
         return None
-    return bool(artifact.tables) and budget < 1 if ranks == digest_of(uniform) else None
+    return bool(artifact.tables) and budget < 1 if ranks == uniform.digest else None

@@ -10,7 +10,6 @@ what is right.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matkv.errors import DataError, MatkvError
-from matkv.files import read_json_lines
+from matkv.files import digest, read_json_lines
 
 Item = dict[str, Any]
 HUB = "lm-eval"
@@ -146,7 +145,7 @@ def _local_task(name: str, path: Path) -> LoadedTask:
     return LoadedTask(
         name=name,
         task=ConfigurableTask(config=config),
-        data=hashlib.sha256(path.read_bytes()).hexdigest()[:12],
+        data=digest(path.read_bytes()),
         accuracy="acc",
         # One continuation has one length: dividing by it changes no order.
         normalized="acc" if by_context else "acc_bytes",

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Distilled
 from matkv.artifact.lora import Lora
 from matkv.bases.maps import SideBases
 from matkv.distill.adapters import Adapters
@@ -32,7 +33,7 @@ from matkv.distill.student import Student
 from matkv.errors import TrainingError
 from matkv.hf.geometry import fingerprint, geometry_of
 from matkv.hf.observe import measure_energy
-from matkv.progress import Interrupt, OnProgress
+from matkv.progress import Interrupt, OnProgress, Spent
 from matkv.ranks import SIDES
 from matkv.schedule import Axis, Schedule, uniform_rungs
 
@@ -95,7 +96,7 @@ class _Run:
     interrupt: Interrupt
     on_progress: OnProgress | None
     lora: Lora | None = None
-    done: dict[str, Any] = field(default_factory=dict)
+    done: dict[str, Spent] = field(default_factory=dict)
 
     def local(self, examples: Examples) -> None:
         config = self.config
@@ -109,7 +110,7 @@ class _Run:
             interrupt=self.interrupt,
             on_progress=self.on_progress,
         )
-        self.done["local"] = spent.to_json()
+        self.done["local"] = spent
 
     def end_to_end(
         self,
@@ -123,7 +124,8 @@ class _Run:
         try:
             student = Student(self.model, self.bases, config, adapters, recent=self.recent)
             data = self._data(examples, config.batch_size, arguments.max_steps)
-            trainer = DistillTrainer(student, data, config, arguments, self.done)
+            earlier = {name: spent.to_json() for name, spent in self.done.items()}
+            trainer = DistillTrainer(student, data, config, arguments, earlier)
             spent = train_end_to_end(
                 trainer,
                 self.interrupt,
@@ -135,7 +137,8 @@ class _Run:
         finally:
             if adapters:
                 adapters.remove()
-        self.done = {**trainer.earlier, "end-to-end": spent.to_json()}
+        self.done = {name: Spent.from_json(one) for name, one in trainer.earlier.items()}
+        self.done["end-to-end"] = spent
 
     def result(self, examples: Examples, held_out: Examples | None) -> Artifact:
         """The artifact with what was learned."""
@@ -150,13 +153,13 @@ class _Run:
         made = replace(
             self.artifact, bases=bases, tables=tables, lora=self.lora, recent=self.recent
         )
-        return made.with_history(
-            "distill",
+        entry = Distilled(
             stages=self.done,
             interrupted=self.interrupt.requested,
-            schedule=self._schedule().to_json(),
+            schedule=self._schedule(),
             settings=self.config.to_json(),
         )
+        return made.with_history(entry)
 
     def _adapters(self) -> Adapters | None:
         config = self.config

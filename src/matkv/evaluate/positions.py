@@ -4,7 +4,6 @@ Shapes: N windows, T token."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,6 +18,7 @@ from matkv.artifact.results import Kind, Results
 from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.errors import DataError
 from matkv.evaluate.needles import Progress
+from matkv.files import digest
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
 from matkv.logits import token_losses
@@ -60,7 +60,7 @@ def positions(
     if count == 0 or length < 2:
         raise DataError(f"{count} windows of {length} tokens: perplexity needs one of at least 2")
     check_positions(model, length, 0)
-    content = hashlib.sha256(windows_NT.cpu().numpy().tobytes()).hexdigest()[:12]
+    content = digest(windows_NT.cpu().numpy().tobytes())
     fixed = {"text": text, "data": content, "window_tokens": length}
     ranges = buckets(length)
     rows: list[Record] = []

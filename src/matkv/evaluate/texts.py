@@ -8,7 +8,6 @@ Shapes: N windows, B batch, T token, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
 from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.errors import DataError
+from matkv.files import digest
 from matkv.hf.attach import attached, attached_table, identified
 from matkv.hf.geometry import geometry_of
 from matkv.logits import token_losses
@@ -166,7 +166,7 @@ def perplexity_rows(
     """
     fixed = {
         "text": text,
-        "data": hashlib.sha256(windows_NT.cpu().numpy().tobytes()).hexdigest()[:12],
+        "data": digest(windows_NT.cpu().numpy().tobytes()),
         "window_tokens": windows_NT.shape[1],
         "tokens": windows_NT.shape[0] * (windows_NT.shape[1] - 1),
     }

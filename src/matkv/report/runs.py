@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.results import load_rows
 from matkv.artifact.setting import Setting, was_uniform
@@ -49,7 +49,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     if len(set(folders)) < len(folders):
         raise MatkvError("the same RUN is given twice: name each once")
     artifacts = [Artifact.load(folder) for folder in folders]
-    digests = [digest(artifact) for artifact in artifacts]
+    digests = [artifact.digest for artifact in artifacts]
     runs = [
         _read(folder, name, artifact, digests)
         for folder, name, artifact in zip(folders, _names(folders), artifacts, strict=True)
@@ -63,7 +63,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def _read(folder: Path, name: str, artifact: Artifact, digests: Sequence[str]) -> Run:
     """One run; the rows of peers may be of any run in the report, as they are measured together."""
-    ours = digest(artifact)
+    ours = artifact.digest
     rows: dict[str, list[Record]] = {}
     stale: dict[str, int] = {}
     for kind in KINDS:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+from matkv.artifact.history import Allocated, Check, Distilled, entries
+from matkv.progress import CurvePoint
 from matkv.ranks import SIDES, RankTable, Side
 from matkv.report.page import Block, Cell, Missing, Section, Table, Text
 from matkv.report.paper import PAPER_BUDGET, PAPER_SHARES
@@ -87,11 +88,10 @@ def _shares(run: Run, runs: Sequence[Run]) -> Table:
     checks = _checks(run)
     rows = []
     for budget, table in sorted(run.artifact.tables.items(), reverse=True):
-        check = checks.get(round(budget, 6), {})
+        check = checks.get(round(budget, 6), Check(budget=budget))
         cells = [Cell(percent(budget)), *(Cell(f"{table.share(side):.1%}") for side in SIDES)]
-        for name in ("kl", "uniform_kl"):
-            value = check.get(name)
-            cells.append(Cell(f"{value:.3f}" if isinstance(value, (int, float)) else "–"))
+        for value in (check.kl, check.uniform_kl):
+            cells.append(Cell("–" if value is None else f"{value:.3f}"))
         rows.append(cells)
     paper = [Cell(f"{PAPER_SHARES[side]:.1%}") for side in SIDES]
     rows.append([Cell(f"paper, LLaMA2-7B, {percent(PAPER_BUDGET)}"), *paper, Cell("–"), Cell("–")])
@@ -103,13 +103,10 @@ def _shares(run: Run, runs: Sequence[Run]) -> Table:
     )
 
 
-def _checks(run: Run) -> dict[float, dict[str, Any]]:
+def _checks(run: Run) -> dict[float, Check]:
     """What the last search measured of its tables."""
-    for entry in reversed(run.artifact.history):
-        if entry.get("stage") == "allocate" and isinstance(entry.get("tables"), list):
-            found = [one for one in entry["tables"] if isinstance(one, dict) and "budget" in one]
-            return {round(float(one["budget"]), 6): one for one in found}
-    return {}
+    searches = entries(run.artifact.history, Allocated)
+    return {round(one.budget, 6): one for one in searches[-1].checks} if searches else {}
 
 
 # ---- spectra
@@ -189,33 +186,26 @@ def training_section(runs: Sequence[Run]) -> Section:
         for number, points in enumerate(training_curves(run), start=1):
             blocks.append(_training(run, runs, number, points))
     if not blocks:
-        trained = any(one.get("stage") == "distill" for run in runs for one in run.artifact.history)
+        trained = any(entries(run.artifact.history, Distilled) for run in runs)
         text = "No curve was kept of the training:" if trained else "These bases are not trained:"
         blocks.append(Missing(text, DISTILL))
     return Section("training", "Training", blocks)
 
 
-def training_curves(run: Run) -> list[list[dict[str, Any]]]:
-    """The points of every end-to-end stage of a run's history that kept some."""
-    found = []
-    for entry in run.artifact.history:
-        stages = entry.get("stages")
-        for stage in stages.values() if isinstance(stages, dict) else ():
-            curve = stage.get("curve") if isinstance(stage, dict) else None
-            points = [point for point in curve or () if isinstance(point, dict)]
-            if points:
-                found.append(points)
-    return found
+def training_curves(run: Run) -> list[tuple[CurvePoint, ...]]:
+    """The points of every stage of a run's distillations that kept some."""
+    trained = entries(run.artifact.history, Distilled)
+    return [spent.curve for one in trained for spent in one.stages.values() if spent.curve]
 
 
-def _training(run: Run, runs: Sequence[Run], count: int, points: list[dict[str, Any]]) -> Picture:
+def _training(run: Run, runs: Sequence[Run], count: int, points: Sequence[CurvePoint]) -> Picture:
     looks = styles(runs)
-    steps = [(_at(p), p["loss"]) for p in points if isinstance(p.get("loss"), (int, float))]
+    steps = [(float(point.tokens), point.loss) for point in points]
     probes: dict[float, list[Point]] = {}
     for point in points:
-        for budget, loss in (point.get("probes") or {}).items():
-            probes.setdefault(float(budget), []).append((_at(point), float(loss)))
-    x = Axis(label="tokens seen" if "tokens" in points[0] else "step")
+        for budget, loss in point.probes.items():
+            probes.setdefault(float(budget), []).append((float(point.tokens), loss))
+    x = Axis(label="tokens seen")
     y = Axis(label="nats a token", log=True)
     held_out = [
         Line(
@@ -226,9 +216,8 @@ def _training(run: Run, runs: Sequence[Run], count: int, points: list[dict[str, 
         for order, (budget, its) in enumerate(sorted(probes.items(), reverse=True))
     ]
     panels = [Panel(title="held-out text, by budget", x=x, y=y, lines=held_out)] if held_out else []
-    if steps:
-        loss = Line(label="training loss", points=steps, style=6, plain=True)
-        panels.append(Panel(title="training, mean of the steps between", x=x, y=y, lines=[loss]))
+    steps_line = Line(label="training loss", points=steps, style=6, plain=True)
+    panels.append(Panel(title="training, mean of the steps between", x=x, y=y, lines=[steps_line]))
     name = "training" if count == 1 else f"training-{count}"
     return lines(
         slug(run, runs, name),
@@ -236,7 +225,3 @@ def _training(run: Run, runs: Sequence[Run], count: int, points: list[dict[str, 
         text="Loss while training: on held-out text at several budgets, and of the steps.",
         caption=title_of(run, runs, "Loss of the training's own objective, in nats a token."),
     )
-
-
-def _at(point: dict[str, Any]) -> float:
-    return float(point.get("tokens", point.get("step", 0)))
