@@ -11,10 +11,8 @@ import pytest
 import torch
 
 import matkv.commands.calibrate as calibrate_command
-import matkv.commands.chat as chat_command
 from matkv import cli
 from matkv.artifact.artifact import Artifact
-from matkv.evaluate import samples
 from tiny import save_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -107,32 +105,6 @@ def test_generate_streams_text(run: Path, tools: Call) -> None:
     code, out, _ = call(*tools, "generate", str(run), "hello", "--raw", "--max-new-tokens", "3")
     assert code == 0
     assert out.strip()
-
-
-def test_chat_keeps_its_cache_from_turn_to_turn(run: Path, tools: Call) -> None:
-    monkeypatch, _ = tools
-    lines = iter(["hello", "and again"])
-
-    def said(*_: object, **__: object) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("matkv.commands.console.out.input", said)
-    read: list[int] = []
-    original = samples.generate
-
-    def spy(model: Any, tokenizer: Any, ids: list[int], cache: Any, *rest: Any, **how: Any) -> Any:
-        read.append(len(ids) - cache.get_seq_length())
-        return original(model, tokenizer, ids, cache, *rest, **how)
-
-    monkeypatch.setattr(chat_command, "generate", spy)
-    code, _, err = call(*tools, "chat", str(run), "--max-new-tokens", "3")
-    assert code == 0, err
-    assert "bytes of cache" in err
-    assert len(read) == 2
-    assert 0 < read[1] < read[0] + len("and again") + 30
 
 
 def test_inspect_shows_a_picture_and_json(run: Path, tools: Call) -> None:

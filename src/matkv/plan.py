@@ -23,8 +23,8 @@ from matkv.settings import Count, Positive, settings
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-# An H100 SXM's memory, by its data sheet.
-DEFAULT_BANDWIDTH = 3.35e12
+# By its data sheet.
+DEFAULT_BANDWIDTH, DEFAULT_DEVICE = 3.35e12, "H100 SXM"
 
 
 def parse_bytes(text: str) -> int:
@@ -72,6 +72,7 @@ class PlanCase:
 class Footprint:
     """One way to hold the cache.
 
+    `staying_bytes` of `cache_bytes` are of layers with a sliding window, which stay as they are;
     `bases_bytes` are the maps that compression adds to the weights; `token_bytes` what each further
     token of one sequence adds. `largest_batch` fits at the planned context, `largest_context` at
     the planned batch; both None without a memory, and 0 where not even one fits. `decode_ms` is the
@@ -79,6 +80,7 @@ class Footprint:
     """
 
     cache_bytes: int
+    staying_bytes: int
     token_bytes: int
     bases_bytes: int
     total_bytes: int
@@ -92,10 +94,13 @@ class Footprint:
 class Plan:
     """Footprints of the full and the compressed cache of one model.
 
+    `layers` are all of its layers, `growing_layers` those that a budget is of.
     A mixture of experts reads fewer weights a step than `weight_bytes`: its `decode_ms` is high.
     """
 
     model_type: str
+    layers: int
+    growing_layers: int
     parameters: int
     weight_bytes: int
     dtype: str
@@ -127,6 +132,8 @@ def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
     table = RankTable.uniform(geometry, case.budget, step=1)
     return Plan(
         model_type=config.model_type,
+        layers=len(geometry.layers),
+        growing_layers=len(geometry.growing),
         parameters=parameters,
         weight_bytes=weights,
         dtype=str(dtype).removeprefix("torch."),
@@ -157,6 +164,7 @@ def _footprint(
     cache = cache_bytes(case.batch, case.context)
     return Footprint(
         cache_bytes=cache,
+        staying_bytes=cache - case.batch * case.context * table.bytes_per_token(dtype),
         token_bytes=table.bytes_per_token(dtype),
         bases_bytes=bases,
         total_bytes=weights + bases + cache,

@@ -78,7 +78,7 @@ def test_samples_are_what_generate_says(run: Path) -> None:
         ["Hello"],
         max_new_tokens=8,
     )
-    ids = samples.chat_ids(tokenizer, [{"role": "user", "content": "Hello"}], "Hello")
+    ids = samples.chat_ids(tokenizer, [{"role": "user", "content": "Hello"}])
     generate: Any = model.generate
     plain = generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
     assert full["text"] == tokenizer.decode(plain, skip_special_tokens=True)

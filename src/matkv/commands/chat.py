@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 
-from transformers import TextStreamer
+from rich.markup import escape
 
-from matkv.cache.cache import LatentCache
 from matkv.commands import console
+from matkv.commands.conversation import Conversation
+from matkv.commands.memory import cache_use, warn_untrained
 from matkv.commands.options import (
     BudgetOpt,
     DeviceOpt,
     DtypeOpt,
     ModelOpt,
     NewTokensOpt,
+    RecentOpt,
     RunArg,
     SeedOpt,
+    SinkOpt,
     TemperatureOpt,
     TrustOpt,
     UniformOpt,
     open_run,
 )
-from matkv.evaluate.samples import chat_ids, generate
+from matkv.commands.tables import bytes_text
+from matkv.errors import MatkvError
 from matkv.hf.attach import attach
-from matkv.ranks import check_budget
+from matkv.ranks import RankTable, check_budget
+
+PROMPT = "you: "
+# A paste ends when nothing more has come for so many seconds.
+PASTE_GAP = 0.05
+HELP = """\
+/help    what can be typed
+/reset   forget the conversation
+/quit    end, as Ctrl-D does
+Ctrl-C stops an answer and keeps what it said. Lines pasted together are one message."""
 
 
 def chat_command(
@@ -33,6 +49,8 @@ def chat_command(
     max_new_tokens: NewTokensOpt = 512,
     temperature: TemperatureOpt = 0.0,
     seed: SeedOpt = 0,
+    sink: SinkOpt = None,
+    recent: RecentOpt = None,
     model_name: ModelOpt = None,
     dtype: DtypeOpt = "auto",
     device: DeviceOpt = None,
@@ -41,28 +59,100 @@ def chat_command(
     """Talk with the model; the compressed cache is kept from turn to turn. Ends with Ctrl-D."""
     check_budget(budget)
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    attach(model, artifact, ranks=artifact.table(budget, uniform=uniform))
-    cache, held = LatentCache(model), list[int]()
-    turns: list[dict[str, str]] = []
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    table = artifact.table(budget, uniform=uniform)
+    attach(model, artifact, ranks=table, sink=sink, recent=recent)
+    warn_untrained(artifact, table)
+    conversation = Conversation(
+        model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    exact = (artifact.sink if sink is None else sink, artifact.recent if recent is None else recent)
+    full = RankTable.full(table.geometry).bytes_per_token(model.dtype)
+    _print_note(
+        f"{model_name or artifact.base_model} · {_exact_text(*exact)} · cache at "
+        f"{table.budget:.1%}: {bytes_text(table.bytes_per_token(model.dtype))} a token, "
+        f"{bytes_text(full)} in full\n/help says what can be typed, Ctrl-D ends"
+    )
+    if not tokenizer.chat_template:
+        _print_note("the model has no chat template: it goes on with the conversation as text")
+    for message in _messages():
+        if message == "/quit":
+            return
+        if message == "/reset":
+            conversation.reset()
+            _print_note("the conversation is forgotten")
+        elif re.fullmatch(r"/[a-z]*", message):
+            _print_note(HELP if message == "/help" else f"no command {message}; there are:\n{HELP}")
+        else:
+            _answer(conversation, message)
+
+
+def _answer(conversation: Conversation, message: str) -> None:
+    """Print the answer and what the cache took; what cannot be answered is said, and chat goes on."""
+    try:
+        conversation.answer(message)
+    except MatkvError as error:
+        console.err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        _print_note("/reset forgets the conversation")
+        return
+    if conversation.read:
+        _print_note(str(cache_use(conversation.model, conversation.cache)))
+    else:
+        _print_note("stopped; the conversation is read again with your next message")
+
+
+def _exact_text(sink: int, recent: int) -> str:
+    """Which tokens are exact, in words."""
+    if not sink and not recent:
+        return "no token kept exact"
+    return f"first {sink} and last {recent} tokens kept exact"
+
+
+def _print_note(text: str) -> None:
+    console.err.print(text, style="dim", markup=False, soft_wrap=True)
+
+
+# ---- reading what is typed
+
+
+def _messages() -> Iterator[str]:
+    """What is typed or piped in, message by message, until it ends; empty ones are left out."""
+    editor = _line_editor()
     while True:
         try:
-            said = console.out.input("[bold]you:[/bold] ")
+            message = _read_message(editor).strip()
+        except KeyboardInterrupt:
+            print()
+            continue
         except EOFError:
             return
-        turns.append({"role": "user", "content": said})
-        ids = chat_ids(tokenizer, turns, said)
-        cache.crop(min(_common_prefix(held, ids), len(ids) - 1) - len(held))
-        how: dict[str, Any] = {"temperature": temperature, "seed": seed}
-        answer = generate(model, tokenizer, ids, cache, streamer, max_new_tokens, **how)
-        held = [*ids, *answer][: cache.get_seq_length()]
-        reply = str(tokenizer.decode(answer, skip_special_tokens=True))
-        turns.append({"role": "assistant", "content": reply})
-        note = f"{cache.used_nbytes:,} bytes of cache for {len(held):,} tokens"
-        console.err.print(note, style="dim")
+        if message:
+            yield message
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading tokens two sequences share."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+def _line_editor() -> ModuleType | None:
+    """Python's readline, which `input` uses once it is imported; None off a terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return None
+    try:
+        import readline
+    except ImportError:  # Windows has its own
+        return None
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return readline
+
+
+def _read_message(editor: ModuleType | None) -> str:
+    """A line, or all the lines of a paste; from a pipe each line is a message."""
+    lines = [input(PROMPT if sys.stdin.isatty() else "")]
+    while editor is not None and _more_is_waiting():
+        try:
+            lines.append(input())
+        except EOFError:
+            break
+    return "\n".join(lines)
+
+
+def _more_is_waiting() -> bool:
+    from select import select
+
+    return bool(select([sys.stdin], [], [], PASTE_GAP)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from transformers import TextStreamer
 
 from matkv.cache.cache import LatentCache
 from matkv.commands import console
+from matkv.commands.memory import cache_use, warn_untrained
 from matkv.commands.options import (
     BudgetOpt,
     DeviceOpt,
@@ -50,15 +52,22 @@ def generate_command(
     """Answer a prompt with a compressed cache."""
     check_budget(budget)
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    attach(model, artifact, ranks=artifact.table(budget, uniform=uniform), sink=sink, recent=recent)
-    chat = [{"role": "user", "content": prompt}]
-    ids = tokenizer(prompt).input_ids if raw else chat_ids(tokenizer, chat, prompt)
+    table = artifact.table(budget, uniform=uniform)
+    attach(model, artifact, ranks=table, sink=sink, recent=recent)
+    warn_untrained(artifact, table)
+    turns = [{"role": "user", "content": prompt}]
+    ids = tokenizer(prompt).input_ids if raw else chat_ids(tokenizer, turns)
     cache = LatentCache(model)
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True)
+    streamer = (
+        None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     answer = generate(
         model, tokenizer, ids, cache, streamer, max_new_tokens, temperature=temperature, seed=seed
     )
+    use = cache_use(model, cache)
     if as_json:
         text = tokenizer.decode(answer, skip_special_tokens=True)
-        held = {"tokens_held": cache.get_seq_length(), "cache_bytes": cache.used_nbytes}
-        console.print_json({"text": text, "tokens": len(answer), "budget": budget, **held})
+        ran = {"budget": budget, "kept": table.budget}
+        console.print_json({"text": text, "tokens": len(answer), **ran, **asdict(use)})
+    else:
+        console.err.print(str(use), style="dim")

@@ -13,10 +13,22 @@ from rich.text import Text
 from matkv.artifact.artifact import Artifact
 from matkv.data.haystacks import TESTS
 from matkv.evaluate.scores import AVERAGE
+from matkv.plan import DEFAULT_BANDWIDTH, DEFAULT_DEVICE
 from matkv.ranks import SIDES, RankTable
 from matkv.report.paper import PAPER_BUDGET, PAPER_SHARES
 
 SHADES = " ░▒▓█"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in powers of a thousand, as memory is sold: 1.50 GB is 1.5 × 10⁹ of them."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        if count < 1000 or unit == "TB":
+            break
+    return f"{count:,.{2 if count < 10 else 1 if count < 100 else 0}f} {unit}"
 
 
 def tables_table(entries: Sequence[dict[str, Any]]) -> Table:
@@ -62,19 +74,44 @@ def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
-    """Full and compressed cache of a plan, side by side."""
+    """Full and compressed cache of a plan, side by side, in powers of a thousand bytes."""
     title = (
-        f"{plan['model_type']}, {plan['parameters']:,} parameters, "
-        f"{plan['weight_bytes']:,} bytes of {plan['dtype']} weights; "
-        f"{plan['batch']} × {plan['context']:,} tokens"
+        f"{plan['model_type']}: {plan['parameters']:,} parameters in {plan['dtype']}, "
+        f"{bytes_text(plan['weight_bytes'])}; {plan['batch']} × {plan['context']:,} tokens"
     )
-    table = Table(title=title, title_justify="left")
-    for name in ("", "full", f"{plan['budget']:.1%}"):
-        table.add_column(name, justify="right")
-    for name, value in plan["full"].items():
-        pair = (value, plan["compressed"][name])
-        table.add_row(name.replace("_", " "), *("" if x is None else _number(x) for x in pair))
+    table = Table(title=title, title_justify="left", caption_justify="left", caption=_shares(plan))
+    for name in ("", "full", f"budget {plan['budget']:.1%}"):
+        table.add_column(name, justify="left" if not name else "right")
+    ways = plan["full"], plan["compressed"]
+    for label, field in (
+        ("cache", "cache_bytes"),
+        ("each further token", "token_bytes"),
+        ("bases", "bases_bytes"),
+        ("weights, bases and cache", "total_bytes"),
+    ):
+        table.add_row(label, *(bytes_text(way[field]) for way in ways))
+    if plan["memory"] is not None:
+        table.add_row(
+            f"fits in {bytes_text(plan['memory'])}", *("yes" if w["fits"] else "no" for w in ways)
+        )
+        table.add_row("largest batch", *(f"{way['largest_batch']:,}" for way in ways))
+        table.add_row("largest context", *(f"{way['largest_context']:,}" for way in ways))
+    device = f", {DEFAULT_DEVICE}" if plan["bandwidth"] == DEFAULT_BANDWIDTH else ""
+    speed = f"{bytes_text(plan['bandwidth'])}/s{device}"
+    table.add_row(f"decoding step at {speed}", *(f"{way['decode_ms']:,.2f} ms" for way in ways))
     return table
+
+
+def _shares(plan: dict[str, Any]) -> str:
+    """Of what the budget is a share, and what that leaves of all bytes."""
+    stays = plan["layers"] - plan["growing_layers"]
+    if not stays:
+        return f"all {plan['layers']} layers grow with the context: the budget is of all bytes"
+    share = plan["compressed"]["cache_bytes"] / plan["full"]["cache_bytes"]
+    return (
+        f"{stays} of {plan['layers']} layers have a sliding window and stay as they are: "
+        f"{plan['budget']:.1%} of what grows is {share:.1%} of all bytes"
+    )
 
 
 def facts(title: str, values: dict[str, Any]) -> Table:

@@ -17,6 +17,7 @@ from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.cache.cache import LatentCache
 from matkv.errors import MatkvError
 from matkv.hf.attach import attached, identified
+from matkv.hf.geometry import check_positions
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -32,13 +33,24 @@ PROMPTS = (
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
 
 
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], prompt: str
-) -> list[int]:
-    """Token ids of a conversation up to the answer; of `prompt` where there is no chat template."""
+def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to the answer; without a chat template, of its plain lines.
+
+    Raises:
+        MatkvError: the template refuses the conversation.
+    """
     if not tokenizer.chat_template:
-        return list(tokenizer(prompt).input_ids)
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer("\n".join(turn["content"] for turn in turns)).input_ids)
+    from jinja2 import TemplateError  # transformers needs it for templates alone
+
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        reason = " ".join(str(error).split())
+        raise MatkvError(
+            f"the model's chat template refuses the conversation: {reason}; generate --raw goes "
+            "without it"
+        ) from error
     return list(tokenizer(str(text), add_special_tokens=False).input_ids)
 
 
@@ -56,10 +68,12 @@ def generate(
     """Generate after `ids`, filling `cache`; returns the new tokens.
 
     Raises:
+        DataError: the model has not as many positions as the prompt and `max_new_tokens` need.
         MatkvError: `ids` is empty.
     """
     if not ids:
         raise MatkvError("the prompt is empty: say something to the model")
+    check_positions(model, len(ids), max_new_tokens)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
@@ -99,7 +113,7 @@ def sample_texts(
     for setting, cache in identified(model, artifact, settings):
         with attached(model, artifact, setting):
             for prompt in prompts:
-                ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], prompt)
+                ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}])
                 held = None if setting.budget is None else LatentCache(model)
                 answer = generate(
                     model, tokenizer, ids, held, None, max_new_tokens, temperature=0.0, seed=0
