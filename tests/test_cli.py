@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import matkv.commands.calibrate as calibrate_command
 from matkv import cli
@@ -89,31 +88,6 @@ def test_evaluate_prints_a_table(run: Path, folder: Path, tools: Call) -> None:
     assert code == 0
     assert "full cache" in out
     assert "25.0%" in out
-
-
-def test_generate_answers_and_counts_bytes(run: Path, tools: Call) -> None:
-    options = ["--budget", "0.5", "--max-new-tokens", "4", "--json"]
-    code, out, err = call(*tools, "generate", str(run), "hello", *options)
-    answer = json.loads(out)
-    assert code == 0, err
-    assert 1 <= answer["tokens"] <= 4
-    per_token = 2 * 2 * 2 * 8 * 4 // 2
-    assert answer["cache_bytes"] == answer["tokens_held"] * per_token
-
-
-def test_generate_streams_text(run: Path, tools: Call) -> None:
-    code, out, _ = call(*tools, "generate", str(run), "hello", "--raw", "--max-new-tokens", "3")
-    assert code == 0
-    assert out.strip()
-
-
-def test_inspect_shows_a_picture_and_json(run: Path, tools: Call) -> None:
-    code, out, _ = call(*tools, "inspect", str(run))
-    assert code == 0
-    assert "█" in out
-    code, out, _ = call(*tools, "inspect", str(run), "--json")
-    energy = json.loads(out)["energy"]["0"]["key"]
-    assert torch.tensor(energy).sum(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 BAD = {

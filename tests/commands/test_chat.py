@@ -145,7 +145,8 @@ def test_ctrl_c_before_a_word_takes_the_turn_back(stage: Stage) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.model, "forward", interrupted)
         assert chat.answer(SAID[0]) == ""
-    assert chat.turns == chat.read == []
+    assert not chat.turns
+    assert not chat.read
 
 
 def test_what_cannot_be_read_is_taken_back(stage: Stage) -> None:

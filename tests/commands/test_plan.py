@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from matkv.commands.tables import bytes_text
 from program import Program, Word
+from tiny import FAMILIES
 
 # Of the tiny Llama: 2 layers × keys and values × 2 KV heads × 8 dims × fp32.
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
@@ -42,12 +45,44 @@ def test_what_fits_into_a_memory(home: Path, matkv: Program) -> None:
 
 
 def test_a_table_side_by_side(home: Path, matkv: Program) -> None:
-    ended = matkv("plan", home / "model", "--context", 1000, "--budget", 0.5)
+    ended = matkv("plan", home / "model", "--context", 100_000, "--budget", 0.5, "--memory", "20MB")
     assert ended.code == 0, ended.err
-    cells = next(line for line in ended.out.splitlines() if "cache bytes" in line)
-    assert f"{1000 * TOKEN_BYTES:,}" in cells
-    assert f"{500 * TOKEN_BYTES:,}" in cells
-    assert "50.0%" in ended.out
+    rows = {line.split("  ")[0].strip("│ "): line for line in ended.out.splitlines()}
+    cells = {name: re.findall(r"[\d.,]+ \w+", line) for name, line in rows.items()}
+    assert cells["cache"] == [bytes_text(100_000 * TOKEN_BYTES), bytes_text(50_000 * TOKEN_BYTES)]
+    assert cells["each further token"] == ["256 bytes", "128 bytes"]
+    assert "fits in 20.0 MB" in rows
+    assert re.findall("yes|no", rows["fits in 20.0 MB"]) == ["no", "yes"]
+    assert "decoding step at 3.35 TB/s, H100 SXM" in ended.out
+    assert "budget 50.0%" in ended.out
+    assert "all 2 layers grow with the context: the budget is of all bytes" in ended.out
+
+
+def test_layers_that_stay_are_counted_and_said(tmp_path: Path, matkv: Program) -> None:
+    config = FAMILIES["gemma3"]()
+    config.dtype = "float32"
+    config.save_pretrained(tmp_path)
+    asked: list[Word] = ["plan", tmp_path, "--context", 100, "--bandwidth", "50G"]
+    plan = matkv(*asked, "--json").json()
+    assert (plan["layers"], plan["growing_layers"]) == (4, 2)
+    full, compressed = plan["full"], plan["compressed"]
+    stays = 2 * 7 * 2 * 2 * 16 * 4  # 2 layers × 7 tokens × keys and values × 2 heads × 16 × fp32
+    assert full["staying_bytes"] == compressed["staying_bytes"] == stays
+    assert full["cache_bytes"] - stays == 2 * (compressed["cache_bytes"] - stays)
+    share = compressed["cache_bytes"] / full["cache_bytes"]
+    page = matkv(*asked).out
+    assert "2 of 4 layers have a sliding window and stay as they are" in page
+    assert f"50.0% of what grows is {share:.1%} of all bytes" in " ".join(page.split())
+    assert "decoding step at 50.0 GB/s " in page
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1536, "1.54 kB"), (1.5e9, "1.50 GB"), (24e9, "24.0 GB"),
+     (999_999, "1,000 kB"), (3.35e12, "3.35 TB"), (5e15, "5,000 TB")],
+)  # fmt: skip
+def test_bytes_are_in_powers_of_a_thousand(count: float, text: str) -> None:
+    assert bytes_text(count) == text
 
 
 @pytest.mark.parametrize(

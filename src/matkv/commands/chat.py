@@ -9,9 +9,10 @@ from types import ModuleType
 
 from rich.markup import escape
 
+from matkv.artifact.setting import Setting
 from matkv.commands import console
 from matkv.commands.conversation import Conversation
-from matkv.commands.memory import cache_use, warn_untrained
+from matkv.commands.memory import attach_setting, cache_use
 from matkv.commands.options import (
     BudgetOpt,
     DeviceOpt,
@@ -29,8 +30,7 @@ from matkv.commands.options import (
 )
 from matkv.commands.tables import bytes_text
 from matkv.errors import MatkvError
-from matkv.hf.attach import attach
-from matkv.ranks import RankTable, check_budget
+from matkv.ranks import RankTable
 
 PROMPT = "you: "
 # A paste ends when nothing more has come for so many seconds.
@@ -57,18 +57,15 @@ def chat_command(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Talk with the model; the compressed cache is kept from turn to turn. Ends with Ctrl-D."""
-    check_budget(budget)
+    setting = Setting(budget=budget, uniform=uniform, sink=sink, recent=recent)
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    table = artifact.table(budget, uniform=uniform)
-    attach(model, artifact, ranks=table, sink=sink, recent=recent)
-    warn_untrained(artifact, table)
+    table = attach_setting(model, artifact, setting)
     conversation = Conversation(
         model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
-    exact = (artifact.sink if sink is None else sink, artifact.recent if recent is None else recent)
     full = RankTable.full(table.geometry).bytes_per_token(model.dtype)
     _print_note(
-        f"{model_name or artifact.base_model} · {_exact_text(*exact)} · cache at "
+        f"{model_name or artifact.base_model} · {_exact_text(*setting.exact(artifact))} · cache at "
         f"{table.budget:.1%}: {bytes_text(table.bytes_per_token(model.dtype))} a token, "
         f"{bytes_text(full)} in full\n/help says what can be typed, Ctrl-D ends"
     )
@@ -87,7 +84,7 @@ def chat_command(
 
 
 def _answer(conversation: Conversation, message: str) -> None:
-    """Print the answer and what the cache took; what cannot be answered is said, and chat goes on."""
+    """Print the answer and what the cache took; an error is said and ends the turn alone."""
     try:
         conversation.answer(message)
     except MatkvError as error:

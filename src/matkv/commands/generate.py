@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from transformers import TextStreamer
 
+from matkv.artifact.setting import Setting
 from matkv.cache.cache import LatentCache
 from matkv.commands import console
-from matkv.commands.memory import cache_use, warn_untrained
+from matkv.commands.memory import attach_setting, cache_use
 from matkv.commands.options import (
     BudgetOpt,
     DeviceOpt,
@@ -28,8 +29,6 @@ from matkv.commands.options import (
     open_run,
 )
 from matkv.evaluate.samples import chat_ids, generate
-from matkv.hf.attach import attach
-from matkv.ranks import check_budget
 
 
 def generate_command(
@@ -50,11 +49,9 @@ def generate_command(
     as_json: JsonOpt = False,
 ) -> None:
     """Answer a prompt with a compressed cache."""
-    check_budget(budget)
+    setting = Setting(budget=budget, uniform=uniform, sink=sink, recent=recent)
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-    table = artifact.table(budget, uniform=uniform)
-    attach(model, artifact, ranks=table, sink=sink, recent=recent)
-    warn_untrained(artifact, table)
+    table = attach_setting(model, artifact, setting)
     turns = [{"role": "user", "content": prompt}]
     ids = tokenizer(prompt).input_ids if raw else chat_ids(tokenizer, turns)
     cache = LatentCache(model)

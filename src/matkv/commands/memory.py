@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.setting import Setting
 from matkv.cache.cache import LatentCache
 from matkv.commands import console
 from matkv.commands.tables import bytes_text
-from matkv.hf.attach import attached_table
+from matkv.hf.attach import attach, attached_table
 from matkv.ranks import RankTable
 
 
@@ -37,8 +38,14 @@ def cache_use(model: PreTrainedModel, cache: LatentCache) -> CacheUse:
     return CacheUse(tokens, cache.used_nbytes, full.nbytes(tokens, model.dtype))
 
 
-def warn_untrained(artifact: Artifact, table: RankTable) -> None:
-    """A note where ranks are smaller than any that the bases were trained at."""
+def attach_setting(model: PreTrainedModel, artifact: Artifact, setting: Setting) -> RankTable:
+    """Attach at a setting with a budget; returns its ranks.
+
+    Where these are smaller than any that the bases were trained at, a note says so.
+    """
+    table = setting.table(artifact)
+    assert table is not None
+    attach(model, artifact, ranks=table, sink=setting.sink, recent=setting.recent)
     smallest = artifact.smallest_trained_rank
     ranks = [rank for *_, rank in table.growing_ranks()]
     below = sum(rank < smallest for rank in ranks)
@@ -49,3 +56,4 @@ def warn_untrained(artifact: Artifact, table: RankTable) -> None:
             "for a larger budget, or distill with a schedule that goes so far",
             style="yellow",
         )
+    return table

@@ -10,7 +10,7 @@ from matkv.commands import console
 from matkv.commands.options import BudgetOpt, JsonOpt, TrustOpt
 from matkv.commands.tables import plan_table
 from matkv.models.load import load_config
-from matkv.plan import DEFAULT_BANDWIDTH, PlanCase, parse_bytes, plan
+from matkv.plan import DEFAULT_BANDWIDTH, DEFAULT_DEVICE, PlanCase, parse_bytes, plan
 
 
 def plan_command(
@@ -19,11 +19,15 @@ def plan_command(
     batch: Annotated[int, typer.Option(help="sequences", min=1)] = 1,
     budget: BudgetOpt = 0.5,
     memory: Annotated[str | None, typer.Option(help="as 80GB or 24GiB")] = None,
-    bandwidth: Annotated[str | None, typer.Option(help="bytes a second, as 3.35T")] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help=f"bytes a second, as 936G; {DEFAULT_DEVICE}'s 3.35T unless given"),
+    ] = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """What a model and its cache will take, from its config alone; no weights are loaded."""
+    config = load_config(model_name, trust_remote_code=trust_remote_code)
     case = PlanCase(
         context=context,
         batch=batch,
@@ -31,7 +35,7 @@ def plan_command(
         memory=None if memory is None else parse_bytes(memory),
         bandwidth=DEFAULT_BANDWIDTH if bandwidth is None else parse_bytes(bandwidth),
     )
-    result = plan(load_config(model_name, trust_remote_code=trust_remote_code), case).to_json()
+    result = plan(config, case).to_json()
     if as_json:
         console.print_json(result)
     else:

@@ -1,0 +1,62 @@
+"""`matkv inspect`: what an artifact holds, on one screen and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from matkv.artifact.artifact import Artifact, digest
+from matkv.ranks import Geometry
+from program import Program
+from tiny import Tiny
+
+
+def test_one_screen(run: Path, matkv: Program, gemma3: Tiny) -> None:
+    tables = {b: gemma3.artifact.table(b) for b in (0.25, 0.5, 1.0)}
+    artifact = replace(
+        gemma3.artifact, base_model="org/gemma [bold]", sink=4, recent=16, tables=tables
+    )
+    stages = {"end-to-end": {"steps": 1200, "tokens": 5, "minutes": 1, "curve": [{}] * 50}}
+    artifact = artifact.with_history(
+        "distill", stages=stages, interrupted=False, settings={"lr": list(range(100))}
+    )
+    artifact.save(run)
+    ended = matkv("inspect", run)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert len(lines) <= 24
+    page = ended.out
+    assert "org/gemma [bold]" in page
+    assert digest(artifact) in page
+    assert "2 of 4 layers (1, 3), 2 KV heads of dim 16" in page
+    assert "2 of 4 layers (0, 2), 2 KV heads of dim 16, sliding windows of 8 tokens" in page
+    assert "the first 4 and the last 16 tokens" in page
+    (line,) = [line for line in lines if line.startswith("calibrate")]
+    assert "key query · value output" in line
+    (line,) = [line for line in lines if line.startswith("distill")]
+    assert "end-to-end of 1,200 steps" in line
+    assert "{" not in page
+    for budget in ("25.0%", "50.0%", "100.0%"):
+        assert any(line.strip("│ ").startswith(budget) for line in lines)
+
+
+def test_the_energy_is_drawn_when_asked_for(run: Path, matkv: Program) -> None:
+    assert "█" not in matkv("inspect", run).out
+    assert "█" in matkv("inspect", run, "--energy").out
+
+
+def test_json_is_complete(run: Path, matkv: Program) -> None:
+    artifact = Artifact.load(run)
+    found = matkv("inspect", run, "--json").json()
+    energy = torch.tensor(found["energy"]["0"]["key"])
+    assert energy.sum(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert Geometry.from_json(found["geometry"]) == artifact.geometry
+    config = json.loads((run / "config.json").read_text())
+    for name in ("base_model", "fingerprint", "sink", "recent", "tables", "history"):
+        assert found[name] == config[name], name
+    assert found["digest"] == digest(artifact)
+    assert found["budgets"] == []
