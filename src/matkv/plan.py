@@ -127,7 +127,7 @@ def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
     """
     geometry = geometry_of(config)
     parameters = parameter_count(config)
-    dtype = case.dtype or getattr(config, "dtype", None) or torch.bfloat16
+    dtype = case.dtype or stored_dtype(config)
     weights = parameters * dtype.itemsize
     table = RankTable.uniform(geometry, case.budget, step=1)
     return Plan(
@@ -145,6 +145,13 @@ def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
         full=_footprint(case, RankTable.full(geometry), dtype, weights, 0),
         compressed=_footprint(case, table, dtype, weights, projections_nbytes(table, dtype)),
     )
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a config names, bfloat16 where it names none."""
+    text = config.get_text_config(decoder=True)
+    found: torch.dtype | None = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    return found or torch.bfloat16
 
 
 def parameter_count(config: PreTrainedConfig) -> int:

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import matkv as package
 from matkv.commands.tables import bytes_text
 from program import Program, Word
 from tiny import FAMILIES
@@ -74,6 +76,29 @@ def test_layers_that_stay_are_counted_and_said(tmp_path: Path, matkv: Program) -
     assert "2 of 4 layers have a sliding window and stay as they are" in page
     assert f"50.0% of what grows is {share:.1%} of all bytes" in " ".join(page.split())
     assert "decoding step at 50.0 GB/s " in page
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_dtype_is_the_one_that_the_model_would_run_in(
+    home: Path,
+    tmp_path: Path,
+    matkv: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fast: bool,
+) -> None:
+    model, tokenizer = package.load_model(home / "model")
+    model.bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr("matkv.models.dtype.has_fast", lambda dtype, device: fast)
+    asked: list[Word] = ["plan", tmp_path, "--context", 100]
+    plan = matkv(*asked, "--json").json()
+    assert ("runs in float32" in caplog.text) is not fast
+    loaded, _ = package.load_model(tmp_path)
+    assert plan["dtype"] == str(loaded.dtype).removeprefix("torch.")
+    assert plan["weight_bytes"] == sum(p.nbytes for p in loaded.parameters())
+    forced = matkv(*asked, "--dtype", "float16", "--json").json()
+    assert (forced["dtype"], forced["weight_bytes"]) == ("float16", 2 * plan["parameters"])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class AnswerStream(TextStreamer):
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.came += value.flatten().tolist()
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
 
 class Conversation:
@@ -64,7 +64,7 @@ class Conversation:
         try:
             self._generate(stream)
         except KeyboardInterrupt:
-            stream.end()
+            stream.end()  # type: ignore[no-untyped-call]
             self._forget()  # some layers may hold a token that others lack
             if not stream.came:
                 self.turns.pop()

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from matkv.commands import console
-from matkv.commands.options import BudgetOpt, JsonOpt, TrustOpt
+from matkv.commands.options import BudgetOpt, DeviceOpt, DtypeOpt, JsonOpt, TrustOpt
 from matkv.commands.tables import plan_table
+from matkv.models.dtype import as_device, choose, say_choice
 from matkv.models.load import load_config
-from matkv.plan import DEFAULT_BANDWIDTH, DEFAULT_DEVICE, PlanCase, parse_bytes, plan
+from matkv.plan import DEFAULT_BANDWIDTH, DEFAULT_DEVICE, PlanCase, parse_bytes, plan, stored_dtype
 
 
 def plan_command(
@@ -23,17 +24,24 @@ def plan_command(
         str | None,
         typer.Option(help=f"bytes a second, as 936G; {DEFAULT_DEVICE}'s 3.35T unless given"),
     ] = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """What a model and its cache will take, from its config alone; no weights are loaded."""
     config = load_config(model_name, trust_remote_code=trust_remote_code)
+    stored, target = stored_dtype(config), as_device(device)
+    chosen = choose(dtype, stored, target)
+    if dtype == "auto":
+        say_choice(model_name, stored, chosen, target)
     case = PlanCase(
         context=context,
         batch=batch,
         budget=budget,
         memory=None if memory is None else parse_bytes(memory),
         bandwidth=DEFAULT_BANDWIDTH if bandwidth is None else parse_bytes(bandwidth),
+        dtype=chosen,
     )
     result = plan(config, case).to_json()
     if as_json:

@@ -73,13 +73,13 @@ def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
+def plan_table(plan: dict[str, Any]) -> Group:
     """Full and compressed cache of a plan, side by side, in powers of a thousand bytes."""
     title = (
         f"{plan['model_type']}: {plan['parameters']:,} parameters in {plan['dtype']}, "
         f"{bytes_text(plan['weight_bytes'])}; {plan['batch']} × {plan['context']:,} tokens"
     )
-    table = Table(title=title, title_justify="left", caption_justify="left", caption=_shares(plan))
+    table = Table()
     for name in ("", "full", f"budget {plan['budget']:.1%}"):
         table.add_column(name, justify="left" if not name else "right")
     ways = plan["full"], plan["compressed"]
@@ -99,7 +99,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
     device = f", {DEFAULT_DEVICE}" if plan["bandwidth"] == DEFAULT_BANDWIDTH else ""
     speed = f"{bytes_text(plan['bandwidth'])}/s{device}"
     table.add_row(f"decoding step at {speed}", *(f"{way['decode_ms']:,.2f} ms" for way in ways))
-    return table
+    return Group(Text(title), table, Text(_shares(plan)))
 
 
 def _shares(plan: dict[str, Any]) -> str:
