@@ -12,8 +12,10 @@ import transformers
 
 import matkv as package
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Distilled
 from matkv.commands.tables import bytes_text
 from matkv.ranks import RankTable
+from matkv.schedule import Axis, Ladder
 from program import Program, Word
 
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # of the full cache
@@ -74,9 +76,9 @@ def test_ranks_that_no_training_drew_are_said(
     run: Path, matkv: Program, budget: float, warns: bool
 ) -> None:
     artifact = Artifact.load(run)
-    axes = [{"size": 8, "grain": 1, "names": [f"axis {i}" for i in range(8)]}]
-    schedule = {"kind": "ladder", "axes": axes, "rungs": [[4] * 8, [8] * 8]}
-    artifact.with_history("distill", schedule=schedule).save(run)
+    axes = tuple(Axis(f"axis {i}", 8, 1) for i in range(8))
+    schedule = Ladder(axes, ((4,) * 8, (8,) * 8))
+    artifact.with_history(Distilled(schedule=schedule)).save(run)
     ended = matkv("generate", run, "hi", "--max-new-tokens", 2, "--budget", budget)
     assert ended.code == 0, ended.err
     said = "trained at ranks of 4 and more, and 8 of 8 ranks at 25.0% are smaller"

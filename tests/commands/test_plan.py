@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import matkv as package
 from matkv.commands.tables import bytes_text

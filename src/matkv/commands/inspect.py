@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from matkv.artifact.artifact import Artifact, digest
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Allocated, entries
 from matkv.commands import console
 from matkv.commands.options import JsonOpt, RunArg
 from matkv.commands.tables import budget_name, energy_picture
@@ -47,7 +48,7 @@ def _facts(artifact: Artifact) -> Table:
 def _lines(artifact: Artifact) -> Iterator[tuple[str, str]]:
     geometry = artifact.geometry
     yield "base model", artifact.base_model or "without a name"
-    yield "bases", digest(artifact)
+    yield "bases", artifact.digest
     yield "compressed", _layers(geometry, geometry.growing)
     windows = sorted({layer.window for layer in geometry.layers if layer.window is not None})
     for window in windows:
@@ -111,13 +112,22 @@ def _said(name: str, value: Any) -> str:
 
 
 def _tables(artifact: Artifact) -> Table:
-    table = Table(title="rank tables", title_justify="left")
-    for name in ("budget", *(f"{side}s" for side in SIDES), "ranks"):
+    table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
+    for name in ("budget", *(f"{side}s" for side in SIDES), "ranks", "KL", "uniform KL"):
         table.add_column(name, justify="right")
+    searches = entries(artifact.history, Allocated)
+    checks = {one.budget: one for one in (searches[-1].checks if searches else ())}
     for budget, ranks in sorted(artifact.tables.items(), reverse=True):
         kept = [rank for *_, rank in ranks.growing_ranks()]
         shares = (f"{ranks.share(side):.1%}" for side in SIDES)
-        table.add_row(budget_name(budget), *shares, f"{min(kept)}-{max(kept)}")
+        check = checks.get(budget)
+        measured = (None, None) if check is None else (check.kl, check.uniform_kl)
+        table.add_row(
+            budget_name(budget),
+            *shares,
+            f"{min(kept)}-{max(kept)}",
+            *("" if value is None else f"{value:.3f}" for value in measured),
+        )
     return table
 
 
@@ -129,7 +139,7 @@ def _as_json(artifact: Artifact) -> dict[str, Any]:
     }
     return {
         "base_model": artifact.base_model,
-        "digest": digest(artifact),
+        "digest": artifact.digest,
         "geometry": asdict(artifact.geometry),
         "fingerprint": artifact.fingerprint,
         "sink": artifact.sink,
