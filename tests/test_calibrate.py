@@ -14,9 +14,8 @@ from torch import Tensor
 import matkv
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.errors import DataError, MatkvError, RankError, UnsupportedModelError
-from matkv.hf.function import handled
 from matkv.hf.geometry import attention_modules
-from matkv.hf.observe import Progress, collect_moments
+from matkv.hf.observe import Progress, collect_moments, observe
 from matkv.ranks import SIDES
 from tiny import COMMON, Tiny, from_config, largest_difference, left_padded, tokens
 
@@ -33,11 +32,11 @@ def states_of(subject: Tiny, ids_BT: Tensor) -> dict[int, dict[str, Tensor]]:
 
         return look
 
-    with (
-        torch.no_grad(),
-        handled(subject.model, {n: observer(n) for n in subject.geometry.growing}),
-    ):
-        subject.model(ids_BT, use_cache=False)
+    observe(
+        subject.model,
+        {n: observer(n) for n in subject.geometry.growing},
+        [ids_BT],
+    )
     return seen
 
 

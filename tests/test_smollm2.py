@@ -23,7 +23,7 @@ from matkv.cache.cache import full_states, refill
 from matkv.distill.config import DistillConfig
 from matkv.distill.stage import distill
 from matkv.evaluate.texts import evaluate
-from matkv.hf import function as hf
+from matkv.hf import handlers as hf
 from matkv.hf.observe import collect_moments
 from matkv.ranks import RankTable
 from tiny import left_padded, ragged_table, stepwise

@@ -28,7 +28,8 @@ from matkv.bases.gates import Projected
 from matkv.bases.maps import Maps
 from matkv.cache.cache import LatentCache, full_states, refill
 from matkv.hf.attach import attach, detach
-from matkv.hf.function import handled
+from matkv.hf.handlers import truncating
+from matkv.hf.merge import merged
 from matkv.latents.layer import projections_nbytes
 from matkv.ranks import SIDES, LayerRanks, RankTable
 
@@ -92,7 +93,7 @@ class Latent(Method):
     def read(self, model: Any, context_BT: Tensor) -> Any:
         if not self.exact_prefill:
             return super().read(model, context_BT)
-        with adapted(detach(model), self.artifact):
+        with merged(detach(model), self.artifact.lora):
             states = full_states(model, context_BT[0])
         return refill(self._attach(model), states)
 
@@ -214,7 +215,7 @@ class LatentCodes(Method):
             )
             for layer in self.artifact.geometry.growing
         }
-        with adapted(model, self.artifact), handled(model, handlers):
+        with merged(model, self.artifact.lora), truncating(model, handlers):
             yield model
 
     def held(self, cache: Any) -> tuple[float, float | None]:
@@ -227,18 +228,3 @@ class LatentCodes(Method):
     def fixed_nbytes(self, model: Any) -> int:
         """What matkv's own projections hold at these ranks, in the model's dtype."""
         return projections_nbytes(self.table, model.dtype)
-
-
-@contextmanager
-def adapted(model: Any, artifact: Artifact) -> Iterator[None]:
-    """The model with the artifact's adapters in its weights, as `attach` puts them there."""
-    updates = [] if artifact.lora is None else list(artifact.lora.updates())
-    weights = [(model.get_parameter(f"{path}.weight"), update) for path, update in updates]
-    before = [weight.detach().clone() for weight, _ in weights]
-    try:
-        for weight, update in weights:
-            weight.data.add_(update.to(weight.device, weight.dtype))
-        yield
-    finally:
-        for (weight, _), old in zip(weights, before, strict=True):
-            weight.data.copy_(old)

@@ -19,8 +19,9 @@ from matkv.bases.maps import SideBases
 from matkv.bases.moments import KeyBasis, LayerMoments, ValueBasis
 from matkv.data.batch import Tokens
 from matkv.errors import RankError
-from matkv.hf.geometry import fingerprint, geometry_of
+from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import OnProgress, collect_moments
+from matkv.hf.weights import fingerprint
 from matkv.settings import Number, settings
 
 

@@ -28,7 +28,7 @@ from matkv.artifact.history import Distilled
 from matkv.bases.gates import GatedProjection
 from matkv.distill.bases import rank_axes
 from matkv.errors import BudgetError, DataError, MatkvError, RankError
-from matkv.hf.function import handled
+from matkv.hf.handlers import truncating
 from matkv.ranks import RankTable
 from matkv.schedule import Independent
 from tiny import Tiny, build, left_padded, tokens
@@ -50,7 +50,7 @@ def text_of(subject: Tiny, batches: list[Any] = BATCHES[:2]) -> Text:
 
 def expanded(subject: Tiny, text: Text, table: RankTable, samples: int = 1) -> Sensitivity:
     gated = gated_projections(subject.model, subject.artifact)
-    with handled(subject.model, gated):
+    with truncating(subject.model, gated):
         return expand(subject.model, gated, text, table, samples=samples, seed=1)
 
 
@@ -67,7 +67,7 @@ def attached_kl(subject: Tiny, batches: list[Tensor], table: RankTable) -> float
 
 def measured(subject: Tiny, text: Text, table: RankTable) -> float:
     gated = gated_projections(subject.model, subject.artifact)
-    with handled(subject.model, gated):
+    with truncating(subject.model, gated):
         return measure(subject.model, gated, text, table).kl
 
 
@@ -84,7 +84,7 @@ def test_measured_kl_is_that_of_the_attached_model(family: Tiny) -> None:
 def test_full_ranks_diverge_by_nothing(family: Tiny) -> None:
     text, full = text_of(family), RankTable.full(family.geometry)
     gated = gated_projections(family.model, family.artifact)
-    with handled(family.model, gated):
+    with truncating(family.model, gated):
         found = measure(family.model, gated, text, full)
     assert abs(found.kl) < 1e-6 and abs(found.perplexity_increase) < 1e-5
     assert found.loss == pytest.approx(found.teacher_loss, abs=1e-5)
@@ -109,7 +109,7 @@ def test_changes_measured_from_shared_states_are_those_measured_alone(
     for index, unit in enumerate(space.units):
         changes.setdefault(unit.layer, []).append(path.extended([index]).table())
     gated: Gated = gated_projections(family.model, family.artifact)
-    with handled(family.model, gated):
+    with truncating(family.model, gated):
         kl, found = measure_changes(
             family.model, gated, text, path.table(), changes, batched=batched
         )
@@ -211,7 +211,7 @@ def nudged_kl(
 
     gated[layer].__class__ = Nudged
     assert len(text.pieces) == 1  # the gates are nudged in every forward pass
-    with handled(subject.model, gated):
+    with truncating(subject.model, gated):
         return measure(subject.model, gated, text, table).kl
 
 

@@ -12,8 +12,10 @@ from lessons import text
 from matkv.bases.gates import Projected
 from matkv.distill.bases import Bases, rank_axes
 from matkv.distill.local import Recorder, layer_loss
-from matkv.hf.function import handled
-from matkv.hf.geometry import attention_modules, output_projection
+from matkv.hf.geometry import attention_modules
+from matkv.hf.handlers import truncating
+from matkv.hf.observe import observe
+from matkv.hf.weights import output_projection
 from matkv.schedule import uniform_rungs
 from tiny import Tiny
 
@@ -26,7 +28,8 @@ def output_of(subject: Tiny, layer: int, ids_BT: Tensor, handler: Any) -> Tensor
     seen: list[Tensor] = []
     hook = projection.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     try:
-        with handled(subject.model, {} if handler is None else {layer: handler}), torch.no_grad():
+        given = {} if handler is None else {layer: handler}
+        with truncating(subject.model, given), torch.no_grad():
             subject.model(ids_BT, use_cache=False)
     finally:
         hook.remove()
@@ -39,9 +42,8 @@ def test_the_loss_is_the_relative_error_of_the_layers_output(family: Tiny, recen
     layer = family.geometry.growing[0]
     ids_BT, real = text(3, 12), [12, 9, 12]
     recorder = Recorder()
-    with handled(family.model, {layer: recorder}), torch.no_grad():
-        for ids_T, length in zip(ids_BT, real, strict=True):
-            family.model(ids_T[None, :length], use_cache=False)
+    rows = zip(ids_BT, real, strict=True)
+    observe(family.model, {layer: recorder}, (x[None, :n] for x, n in rows))
     keep_BT = (torch.arange(12) < torch.tensor(real)[:, None]).float()
     rungs = torch.tensor(uniform_rungs(rank_axes(family.geometry), DRAWS))
     products = Bases(family.artifact, "cayley")(rungs.repeat_interleave(3, 0))
@@ -53,9 +55,9 @@ def test_the_loss_is_the_relative_error_of_the_layers_output(family: Tiny, recen
     expected = []
     teacher_BTM = output_of(family, layer, ids_BT, None)
     for draw in range(len(DRAWS)):
-        rows = slice(3 * draw, 3 * draw + 3)
+        picked = slice(3 * draw, 3 * draw + 3)
         one = Projected(recent)
-        one.key, one.value = projected.key[rows].detach(), projected.value[rows].detach()
+        one.key, one.value = projected.key[picked].detach(), projected.value[picked].detach()
         error_BTM = output_of(family, layer, ids_BT, one) - teacher_BTM
         sums = [(x * keep_BT[..., None]).square().sum() for x in (error_BTM, teacher_BTM)]
         expected.append(float(sums[0] / sums[1]))
@@ -65,8 +67,7 @@ def test_the_loss_is_the_relative_error_of_the_layers_output(family: Tiny, recen
 
 def test_exact_recent_tokens_leave_less_to_lose(llama: Tiny) -> None:
     recorder = Recorder()
-    with handled(llama.model, {0: recorder}), torch.no_grad():
-        llama.model(text(2, 12), use_cache=False)
+    observe(llama.model, {0: recorder}, [text(2, 12)])
     sizes = torch.tensor(uniform_rungs(rank_axes(llama.geometry), (0.25,))).expand(2, -1)
     products = Bases(llama.artifact, "cayley")(sizes)
     losses = []

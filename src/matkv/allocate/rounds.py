@@ -30,8 +30,10 @@ from matkv.allocate.state import Round, SearchState
 from matkv.allocate.verify import Verifier
 from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import GatedProjection
-from matkv.hf.function import handled
 from matkv.hf.geometry import attention_modules
+from matkv.hf.handlers import truncating
+from matkv.hf.merge import merged
+from matkv.hf.wrappers import device_of
 from matkv.progress import Interrupt
 from matkv.ranks import SIDES, RankTable
 
@@ -157,17 +159,8 @@ class Rounds:
     @contextmanager
     def student(self) -> Iterator[None]:
         """Gates in place and adapters added to the weights meanwhile."""
-        before: dict[str, Tensor] = {}
-        try:
-            for path, update in self.lora.updates() if self.lora is not None else ():
-                weight = self.model.get_parameter(f"{path}.weight").data
-                before[f"{path}.weight"] = weight.clone()
-                weight.add_(update.to(weight.device, weight.dtype))
-            with handled(self.model, self.gated):
-                yield
-        finally:
-            for name, weight in before.items():
-                self.model.get_parameter(name).data.copy_(weight)
+        with merged(self.model, self.lora), truncating(self.model, self.gated):
+            yield
 
     def _digest(self) -> str:
         """Of all that determines the path: settings, bases, adapters and text."""
@@ -193,7 +186,7 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     modules = attention_modules(model)
     gated = {}
     for layer in artifact.geometry.growing:
-        device = next(modules[layer].parameters()).device
+        device = device_of(modules[layer])
         key, value = (
             artifact.maps(layer, side).changed(partial(Tensor.to, device=device)) for side in SIDES
         )

@@ -31,7 +31,8 @@ from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Allocated
 from matkv.data.batch import Tokens
 from matkv.errors import DataError
-from matkv.hf.geometry import fingerprint, geometry_of
+from matkv.hf.geometry import geometry_of
+from matkv.hf.weights import fingerprint
 from matkv.ranks import RankTable
 
 EIGHTHS = tuple(eighth / 8 for eighth in range(7, 0, -1))

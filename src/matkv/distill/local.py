@@ -28,8 +28,9 @@ from matkv.distill.bases import Bases
 from matkv.distill.config import DistillConfig
 from matkv.distill.examples import TrainingSet, as_batch
 from matkv.errors import TrainingError
-from matkv.hf.function import handled
-from matkv.hf.geometry import attention_modules, geometry_of, output_projection
+from matkv.hf.geometry import attention_modules, geometry_of
+from matkv.hf.observe import observe
+from matkv.hf.weights import output_projection, weight_of
 from matkv.progress import Interrupt, OnProgress, Progress, Spent
 
 # Recorded queries, keys and values of one round stay under this many bytes.
@@ -143,14 +144,10 @@ def _batches(
         first += count
 
 
-@torch.no_grad()
 def _record(model: PreTrainedModel, items: list[dict[str, Tensor]]) -> dict[int, Recorder]:
     """What every growing layer's attention sees of the sequences."""
     recorders = {layer: Recorder() for layer in geometry_of(model.config).growing}
-    decoder = model.get_decoder()
-    with handled(model, recorders):
-        for item in items:
-            decoder(input_ids=item["input_ids"][None].to(model.device), use_cache=False)
+    observe(model, recorders, (item["input_ids"][None] for item in items))
     return recorders
 
 
@@ -185,7 +182,7 @@ def layer_loss(
 
     `projected` may hold matrices for K times as many sequences; each sequence is then met K times.
     """
-    weight_MX = output_projection(module).weight
+    weight_MX = weight_of(output_projection(module), query_BHTD.dtype)
     scaling = getattr(module, "scaling", query_BHTD.shape[-1] ** -0.5)
     with torch.no_grad():
         teacher_BTX = _causal(query_BHTD, States(key_BGTD, value_BGTD), scaling)

@@ -31,8 +31,9 @@ from matkv.distill.examples import Examples, TrainingSet, as_batch, as_example, 
 from matkv.distill.local import fit_locally
 from matkv.distill.student import Student
 from matkv.errors import TrainingError
-from matkv.hf.geometry import fingerprint, geometry_of
+from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import measure_energy
+from matkv.hf.weights import fingerprint
 from matkv.progress import Interrupt, OnProgress, Spent
 from matkv.ranks import SIDES
 from matkv.schedule import Axis, Schedule, uniform_rungs

@@ -24,7 +24,7 @@ from matkv.distill.adapters import Adapters
 from matkv.distill.bases import Bases
 from matkv.distill.losses import LossWeights, chunk_size, distillation_loss
 from matkv.errors import UnsupportedModelError
-from matkv.hf.function import handled
+from matkv.hf.handlers import truncating
 from matkv.ranks import Side
 
 
@@ -68,7 +68,7 @@ class Student(nn.Module):
 
     def attending(self) -> AbstractContextManager[None]:
         """Let the bases take part in the model's attention meanwhile."""
-        return handled(self.model, self.projected)
+        return truncating(self.model, self.projected)
 
     def forward(
         self,

@@ -4,68 +4,95 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MethodType
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.setting import Setting
-from matkv.errors import MatkvError, RankError
-from matkv.hf.function import NAME, use_implementation
-from matkv.hf.generation import PREPARE, prepare_cache_for_generation, prepare_forward
-from matkv.hf.geometry import attention_modules, fingerprint, geometry_of
-from matkv.latents.layer import LayerProjection
+from matkv.errors import ArtifactError, MatkvError, RankError
+from matkv.hf.function import ATTACHMENT, NAME, use_handlers, use_implementations
+from matkv.hf.generation import PREPARE, PrepareForward, PrepareGeneration, check_caches
+from matkv.hf.geometry import attention_modules, geometry_of
+from matkv.hf.handlers import OnLatents
+from matkv.hf.merge import Merged, merge
+from matkv.hf.weights import fingerprint
+from matkv.hf.wrappers import decoder_of, device_of, model_in
 from matkv.ranks import RankTable
 
+Model = TypeVar("Model", bound=nn.Module)
 
-@dataclass
+
+@dataclass(eq=False)
 class Attachment:
-    """What `attach` did to a model, kept on it for `detach` and for questions about it."""
+    """What `attach` did to a model, kept on its decoder for `detach` and for questions about it."""
 
     artifact: Artifact
     table: RankTable
-    attention_before: str
-    hook: RemovableHandle
-    weights_before: dict[str, Tensor]
+    model: PreTrainedModel
+    implementations: dict[str, str] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    merged: list[Merged] = field(default_factory=list)
 
 
+# Buffers made in inference mode would fail in training later.
+@torch.inference_mode(False)
 def attach(
-    model: PreTrainedModel,
-    artifact: Artifact,
+    model: Model,
+    artifact: Artifact | str | Path,
     budget: float | None = None,
     *,
     ranks: RankTable | None = None,
     sink: int | None = None,
     recent: int | None = None,
-) -> PreTrainedModel:
+) -> Model:
     """Switch `model` to latent attention at a budget or at given ranks; returns the same model.
 
     Afterwards `model.generate(...)` fills a `LatentCache` by itself. Attaching again replaces the
     ranks. `sink` and `recent`, the numbers of first and last tokens kept exact, come from the
-    artifact unless given.
+    artifact unless given. `model` may be wrapped, by peft or torch.compile for instance; the
+    artifact may be given by its path.
 
     Raises:
+        ArtifactError: there is no artifact.
         FingerprintError: the artifact was made for another model.
         BudgetError, RankError: the budget or the ranks do not fit.
+        UnsupportedModelError: the model's weights are packed, and the artifact has adapters.
     """
     if (budget is None) == (ranks is None):
         raise RankError("attach takes either a budget or a rank table")
-    modules = attention_modules(model)
-    if _merged(model):  # with its own weights again, it can be recognized
-        detach(model)
-    artifact.check(geometry_of(model.config), fingerprint(model))
+    artifact, inner = _artifact(artifact), model_in(model)
+    before = attachment_of(inner)
+    if before is not None and before.merged:  # with its own weights again, it can be recognized
+        detach(inner)
+    artifact.check(geometry_of(inner.config), fingerprint(inner))
     table = ranks if ranks is not None else artifact.table(budget)  # type: ignore[arg-type]
-    if table.geometry != artifact.geometry:
+    if not isinstance(table, RankTable) or table.geometry != artifact.geometry:
         raise RankError("the rank table was made for another model's geometry")
     sink, recent = _exact(artifact.sink, sink, "sink"), _exact(artifact.recent, recent, "recent")
-    detach(model)
+    detach(inner)
+    try:
+        _switch(inner, Attachment(artifact, table, inner), sink=sink, recent=recent)
+    except BaseException:
+        detach(inner)
+        raise
+    return model
+
+
+def _switch(model: PreTrainedModel, attachment: Attachment, *, sink: int, recent: int) -> None:
+    """Put everything in place; the attachment says at any time what is to be undone."""
+    decoder, modules = decoder_of(model), attention_modules(model)
+    artifact, table = attachment.artifact, attachment.table
+    decoder.__dict__[ATTACHMENT] = attachment
+    attachment.merged = merge(model, artifact.lora)
     for layer in artifact.geometry.growing:
-        projection = LayerProjection(
+        handler = OnLatents(
             artifact.maps(layer, "key"),
             artifact.maps(layer, "value"),
             table.key[layer],
@@ -73,59 +100,58 @@ def attach(
             sink=sink,
             recent=recent,
         )
-        parameter = next(modules[layer].parameters())
-        modules[layer].matkv = projection.to(parameter.device, model.dtype).requires_grad_(False)
-    before = use_implementation(model, NAME)
-    hook = model.get_decoder().register_forward_pre_hook(prepare_forward, with_kwargs=True)
-    model.__dict__[PREPARE] = MethodType(prepare_cache_for_generation, model)
-    model.__dict__["matkv_attachment"] = Attachment(
-        artifact, table, before, hook, _merge(model, artifact)
-    )
-    return model
+        handler.to(device_of(modules[layer]), model.dtype).requires_grad_(False)
+        setattr(modules[layer], NAME, handler)
+    attachment.implementations = use_handlers(decoder)
+    attachment.hooks = [
+        decoder.register_forward_pre_hook(PrepareForward(decoder), with_kwargs=True),
+        decoder.register_forward_hook(check_caches),
+    ]
+    model.__dict__[PREPARE] = PrepareGeneration(model)
 
 
-def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`; does nothing to a model that is not attached. Returns the same model."""
-    attachment: Attachment | None = model.__dict__.pop("matkv_attachment", None)
+def detach(model: Model) -> Model:
+    """Undo `attach`, whatever wraps the model by now; does nothing to a model not attached.
+
+    Returns the same model.
+    """
+    decoder, attachment = decoder_of(model), attachment_of(model)
     if attachment is None:
         return model
-    attachment.hook.remove()
-    del model.__dict__[PREPARE]
-    for name, weight in attachment.weights_before.items():
-        model.get_parameter(name).data.copy_(weight)
-    for module in attention_modules(model):
-        if isinstance(getattr(module, "matkv", None), LayerProjection):
-            del module.matkv
-    model.set_attn_implementation(attachment.attention_before)
+    attachment.model.__dict__.pop(PREPARE, None)
+    for hook in attachment.hooks:
+        hook.remove()
+    for part in attachment.merged:
+        part.undo()
+    for module in list(decoder.modules()):
+        if isinstance(getattr(module, NAME, None), OnLatents):
+            delattr(module, NAME)
+    use_implementations(decoder, attachment.implementations)
+    del decoder.__dict__[ATTACHMENT]  # last: until then, detach can be called again
     return model
 
 
-def _merged(model: PreTrainedModel) -> bool:
-    attachment: Attachment | None = model.__dict__.get("matkv_attachment")
-    return attachment is not None and bool(attachment.weights_before)
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """How a model is attached, asked of the model, of its decoder or of what wraps them."""
+    attachment: Attachment | None = decoder_of(model).__dict__.get(ATTACHMENT)
+    return attachment
 
 
-@torch.no_grad()
-def _merge(model: PreTrainedModel, artifact: Artifact) -> dict[str, Tensor]:
-    """Add the artifact's adapters to the weights; returns copies, on the CPU, of those before.
-
-    Copies, because subtracting again would not give the same weights back.
-    """
-    before: dict[str, Tensor] = {}
-    for path, update in artifact.lora.updates() if artifact.lora is not None else ():
-        weight = model.get_parameter(f"{path}.weight")
-        before[f"{path}.weight"] = weight.detach().to("cpu", copy=True)
-        weight.add_(update.to(weight.device, weight.dtype))
-    return before
+def _artifact(given: Artifact | str | Path) -> Artifact:
+    if isinstance(given, str | Path):
+        return Artifact.load(given)
+    if not isinstance(given, Artifact):
+        raise ArtifactError(f"an artifact or the path of one is needed, not {str(given)[:40]!r}")
+    return given
 
 
-def attached_table(model: PreTrainedModel) -> RankTable:
+def attached_table(model: nn.Module) -> RankTable:
     """The ranks an attached model runs at.
 
     Raises:
         MatkvError: the model is not attached.
     """
-    attachment: Attachment | None = model.__dict__.get("matkv_attachment")
+    attachment = attachment_of(model)
     if attachment is None:
         raise MatkvError("the model is not attached: call matkv.attach(model, artifact, budget)")
     return attachment.table
@@ -140,8 +166,8 @@ def _exact(default: int, given: int | None, name: str) -> int:
 
 @contextmanager
 def attached(
-    model: PreTrainedModel, artifact: Artifact, setting: Setting | float
-) -> Iterator[PreTrainedModel]:
+    model: Model, artifact: Artifact | str | Path, setting: Setting | float
+) -> Iterator[Model]:
     """The model at a budget, or at all of a setting; detached at the end, and for the full cache.
 
     Raises:
@@ -149,6 +175,7 @@ def attached(
     """
     if not isinstance(setting, Setting):
         setting = Setting(budget=setting)
+    artifact = _artifact(artifact)
     table = setting.table(artifact)
     detach(model)
     try:

@@ -1,41 +1,31 @@
-"""The seam with transformers: switch a model's attention to latents and back.
+"""The seam with transformers: the attention function that decides for every layer.
 
 A model hands post-rotary queries, keys and values of every layer to one registered attention
-function. What that function does in a layer is decided by the layer's `matkv` attribute:
-
-    LayerProjection     attend on latents, from the cache or made on the spot without one
-    Projected           attend on keys and values multiplied by square matrices: training, search
-    an Observer         look at queries, keys and values, then attend as usual
-    nothing             attend as usual
+function. What that function does in a layer is up to the layer's handler, its attribute `matkv`;
+without one, the layer attends as usual. The handlers there are, are in handlers.py.
 
 Shapes: B batch, H query head, G KV head, Q query position, T cached token, D head dim.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from matkv.attention.latent import attend
-from matkv.attention.truncated import States, attend_near_exact
-from matkv.bases.gates import Projected
-from matkv.cache.layer import LatentLayer, note_padding
 from matkv.errors import CacheError, MatkvError, UnsupportedModelError
 from matkv.hf.geometry import attention_modules
+from matkv.hf.wrappers import decoder_of, model_in
 from matkv.latents.latents import Latents
-from matkv.latents.layer import LayerProjection
 
-NAME = "matkv"
-logger = logging.getLogger(__name__)
-# An observer sees one layer's [BHQD] queries and [BGTD] keys and values.
-Observer = Callable[[Tensor, Tensor, Tensor], None]
+NAME = "matkv"  # of the attention implementation, and of the attribute that holds a handler
+ATTACHMENT = "matkv_attachment"  # the attribute of a decoder that says how it is attached
 # Keywords that models pass on to attention functions and that change nothing here: positions are in
 # the rotary embedding, sliding windows and causality in the mask, the rest is for other functions.
 HARMLESS = frozenset(
@@ -50,6 +40,48 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer's attention as the model asks for it; the cache may put latents for the states."""
+
+    module: nn.Module
+    query_BHQD: Tensor
+    key_BGTD: Tensor | Latents
+    value_BGTD: Tensor | Latents
+    mask: Tensor | None
+    scaling: float | None
+    dropout: float
+
+    @property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Keys and values at full width.
+
+        Raises:
+            CacheError: the cache holds latents.
+        """
+        key, value = self.key_BGTD, self.value_BGTD
+        if isinstance(key, Latents) or isinstance(value, Latents):
+            raise CacheError(
+                "the cache holds latents, but the model is not attached: use a new cache"
+            )
+        return key, value
+
+    def usual(self, key_BGTD: Tensor, value_BGTD: Tensor) -> Tensor:
+        """Attention on these keys and values as if matkv were not there.  [-> BQHD]"""
+        states = self.query_BHQD, key_BGTD, value_BGTD
+        out_BQHD: Tensor = sdpa_attention_forward(
+            self.module, *states, self.mask, dropout=self.dropout, scaling=self.scaling
+        )[0]
+        return out_BQHD
+
+
+class Handler(Protocol):
+    """What attends in a layer in place of the usual function."""
+
+    def attend(self, call: Call) -> Tensor:
+        """The output of the layer's attention.  [-> BQHD]"""
 
 
 def register() -> None:
@@ -75,45 +107,10 @@ def attention_forward(
         UnsupportedModelError: a keyword asks for something this function does not do.
     """
     _refuse_unknown(module, kwargs)
-    handler = getattr(module, "matkv", None)
-    if isinstance(handler, LayerProjection):
-        latents = key if isinstance(key, Latents) else _latents(handler, key, value, attention_mask)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out_BHQD = attend(latents, query, attention_mask, scaling=scaling, dropout=dropout)
-        return out_BHQD.transpose(1, 2).contiguous(), None
-    if isinstance(key, Latents) or isinstance(value, Latents):
-        raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
-    exact = truncated = States(key, value)
-    if isinstance(handler, Projected):
-        truncated = States(*handler(key, value))
-        if handler.recent:
-            out_BHQD = attend_near_exact(
-                query,
-                exact,
-                truncated,
-                attention_mask,
-                recent=handler.recent,
-                scaling=scaling,
-                dropout=dropout,
-            )
-            return out_BHQD.transpose(1, 2).contiguous(), None
-    elif handler is not None:
-        handler(query, key, value)
-    states = (query, truncated.key_BGTD, truncated.value_BGTD)
-    return sdpa_attention_forward(module, *states, attention_mask, dropout=dropout, scaling=scaling)
-
-
-def _latents(
-    projection: LayerProjection, key: Tensor, value: Tensor | Latents, mask: Tensor | None
-) -> Latents:
-    """Latents of a forward pass without a cache: those that a cache would hold after it."""
-    assert isinstance(value, Tensor)
-    if projection.keeps_exact:
-        layer = LatentLayer(projection)
-        note_padding([layer], mask, len(key), key.shape[2])
-        latents: Latents = layer.update(key, value)[0]
-        return latents
-    return Latents(projection, projection.encode(key, value))
+    call = Call(module, query, key, value, attention_mask, scaling, dropout)
+    handler: Handler | None = getattr(module, NAME, None)
+    out_BQHD = call.usual(*call.states) if handler is None else handler.attend(call)
+    return out_BQHD, None
 
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -129,30 +126,44 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 @contextmanager
-def handled(model: PreTrainedModel, handlers: Mapping[int, Projected | Observer]) -> Iterator[None]:
-    """Let `handlers[layer]` take part in the attention of forward passes meanwhile.
+def handled(model: nn.Module, handlers: Mapping[int, Handler]) -> Iterator[None]:
+    """Let `handlers[layer]` attend in forward passes meanwhile.
 
     Raises:
         MatkvError: the model is attached.
     """
-    if "matkv_attachment" in model.__dict__:
+    model = model_in(model)
+    decoder = decoder_of(model)
+    if ATTACHMENT in decoder.__dict__:
         raise MatkvError("the model is attached: call matkv.detach(model) first")
     modules = attention_modules(model)
-    before = use_implementation(model, NAME)
+    before = use_handlers(decoder)
     try:
         for layer, handler in handlers.items():
-            modules[layer].__dict__["matkv"] = handler  # not a submodule: the model stays as it is
+            modules[layer].__dict__[NAME] = handler  # not a submodule: the model stays as it is
         yield
     finally:
         for layer in handlers:
-            modules[layer].__dict__.pop("matkv", None)
-        model.set_attn_implementation(before)
+            modules[layer].__dict__.pop(NAME, None)
+        use_implementations(decoder, before)
 
 
-def use_implementation(model: PreTrainedModel, name: str) -> str:
-    """Switch to an attention implementation; returns the one before."""
+def use_handlers(decoder: PreTrainedModel) -> dict[str, str]:
+    """Let handlers attend in a decoder, as far as there are any.
+
+    Returns the implementation before, of every model in it that has a config of its own.
+    """
     register()
-    text = model.config.get_text_config(decoder=True)
-    before: str = text._attn_implementation
-    model.set_attn_implementation(name)
+    before = {
+        name: str(part.config._attn_implementation)
+        for name, part in decoder.named_modules()
+        if isinstance(part, PreTrainedModel)
+    }
+    decoder.set_attn_implementation(NAME)
     return before
+
+
+def use_implementations(decoder: PreTrainedModel, implementations: Mapping[str, str]) -> None:
+    """Undo `use_handlers`: give each part its own implementation again."""
+    for name, implementation in implementations.items():
+        decoder.get_submodule(name).config._attn_implementation = implementation

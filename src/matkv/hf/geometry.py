@@ -1,13 +1,15 @@
-"""What a model's cache looks like, and by what a model is recognized."""
+"""What a model's cache looks like, and where its attention is."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from matkv.errors import DataError, UnsupportedModelError
+from matkv.hf.wrappers import decoder_of, model_in
 from matkv.ranks import Geometry, LayerShape
 
 
@@ -21,40 +23,67 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; matkv compresses decoders")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "kv_lora_rank", None) is not None:
+    caches = _cache_layers(text)
+    own = _layer_configs(text, len(caches))
+    if any(getattr(one, "kv_lora_rank", None) is not None for one in own):
         raise UnsupportedModelError(f"{name} has multi-head latent attention: already compressed")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
+    if any(getattr(one, "attn_logit_softcapping", None) is not None for one in own):
         raise UnsupportedModelError(f"{name} caps its attention scores (softcap)")
-    heads = getattr(text, "num_attention_heads", None)
-    if not isinstance(heads, int):
+    heads = {getattr(one, "num_attention_heads", None) for one in own}
+    query_heads = heads.pop() if len(heads) == 1 else None
+    if not isinstance(query_heads, int):
         raise UnsupportedModelError(f"{name} does not state one number of attention heads")
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    layers = []
-    for layer in DynamicCache(config=text).layers:
-        if type(layer) is DynamicLayer:
-            layers.append(LayerShape(kv_heads=kv_heads, head_dim=head_dim))
-        elif type(layer) is DynamicSlidingWindowLayer:
-            window = int(layer.sliding_window)
-            layers.append(LayerShape(kv_heads=kv_heads, head_dim=head_dim, window=window))
-        else:
-            raise UnsupportedModelError(f"{name} has cache layers of type {type(layer).__name__}")
-    geometry = Geometry(query_heads=heads, layers=tuple(layers))
+    layers = [_layer_shape(name, one, layer) for one, layer in zip(own, caches, strict=True)]
+    geometry = Geometry(query_heads=query_heads, layers=tuple(layers))
     if not geometry.growing:
         raise UnsupportedModelError(f"every layer of {name} has a sliding window: nothing grows")
     return geometry
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+def _cache_layers(text: PreTrainedConfig) -> list[Any]:
+    """The layers of the cache that transformers makes by a config."""
+    try:
+        return DynamicCache(config=text).layers
+    except (KeyError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"transformers makes no cache for {text.model_type} that grows in every layer "
+            f"({type(error).__name__}: {_one_line(error)})"
+        ) from error
+
+
+def _layer_configs(text: PreTrainedConfig, count: int) -> list[PreTrainedConfig]:
+    """Each layer's own config: a model may have layers that differ."""
+    view = getattr(text, "per_layer_config", None)
+    return [text] * count if view is None else [view[layer] for layer in range(count)]
+
+
+def _layer_shape(name: str, config: PreTrainedConfig, layer: Any) -> LayerShape:
+    query_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    if type(layer) is DynamicLayer:
+        return LayerShape(kv_heads=kv_heads, head_dim=head_dim)
+    if type(layer) is DynamicSlidingWindowLayer:
+        window = int(layer.sliding_window)
+        return LayerShape(kv_heads=kv_heads, head_dim=head_dim, window=window)
+    raise UnsupportedModelError(f"{name} has cache layers of type {type(layer).__name__}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention module of every layer, in order.
 
     Raises:
         UnsupportedModelError: the model does not follow transformers' attention interface.
     """
+    model = model_in(model)
     name = model.config.model_type
     found = {
         module.layer_idx: module
-        for module in model.get_decoder().modules()
+        for module in decoder_of(model).modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     }
     layers = len(geometry_of(model.config).layers)
@@ -66,31 +95,6 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         if not module.is_causal:
             raise UnsupportedModelError(f"{name} attends in both directions")
     return [found[index] for index in range(layers)]
-
-
-def output_projection(module: nn.Module) -> nn.Linear:
-    """The linear map after a layer's attention.
-
-    Raises:
-        UnsupportedModelError: it has none of the usual names.
-    """
-    for name in ("o_proj", "dense", "out_proj"):
-        projection = getattr(module, name, None)
-        if isinstance(projection, nn.Linear):
-            return projection
-    raise UnsupportedModelError(
-        f"{type(module).__name__} has no linear output projection named o_proj, dense or out_proj"
-    )
-
-
-def fingerprint(model: PreTrainedModel) -> tuple[float, ...]:
-    """A few weights of every attention module, by which a model is recognized."""
-    samples: list[float] = []
-    for module in attention_modules(model):
-        weight = next(p for p in module.parameters() if p.is_floating_point()).detach().flatten()
-        picks = torch.linspace(0, weight.numel() - 1, 8).long().to(weight.device)
-        samples += [round(sample, 7) for sample in weight[picks].float().tolist()]
-    return tuple(samples)
 
 
 def check_positions(model: PreTrainedModel, tokens: int, extra: int) -> None:

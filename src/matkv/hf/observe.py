@@ -1,23 +1,26 @@
-"""Second moments of what passes through a model's attention.
+"""What passes through a model's attention, and the second moments of it.
 
-Shapes: B batch, H query head, G KV head, T token, D head dim."""
+Shapes: B batch, H query head, G KV head, T token, D head dim, M model dim."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from matkv.bases.maps import Maps
 from matkv.bases.moments import LayerMoments, column_energy
 from matkv.data.batch import Batch, Tokens
 from matkv.errors import DataError, UnsupportedModelError
 from matkv.hf.function import handled
-from matkv.hf.geometry import attention_modules, geometry_of, output_projection
+from matkv.hf.geometry import attention_modules, geometry_of
+from matkv.hf.handlers import Observed, Observer
+from matkv.hf.probe import check_attends
+from matkv.hf.weights import output_projection, weight_of
+from matkv.hf.wrappers import decoder_of, device_of, model_in
 from matkv.ranks import LayerShape, Side
 
 
@@ -32,9 +35,23 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def observe(model: nn.Module, observers: Mapping[int, Observer], batches: Iterable[Tokens]) -> None:
+    """Run a model's decoder over batches, without a cache; observers see their layer's attention.
+
+    Raises:
+        MatkvError: the model is attached.
+    """
+    decoder, device = decoder_of(model), device_of(model)
+    with handled(model, {layer: Observed(observer) for layer, observer in observers.items()}):
+        for batch in batches:
+            decoder(**Batch.of(batch).to(device).inputs(), use_cache=False)
+
+
+# Not in inference mode: some packages of packed weights fail there.
+@torch.no_grad()
 def collect_moments(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterable[Tokens],
     *,
     skip_first: int = 0,
@@ -43,125 +60,138 @@ def collect_moments(
     """Second moments of every growing layer, and the number of tokens they were taken over.
 
     Raises:
-        DataError: there is no token.
-        UnsupportedModelError: the model's attention cannot be reproduced on latents.
+        DataError: there is no token, or something that is none.
+        UnsupportedModelError: the model's attention cannot be reproduced on latents, or has values
+            that are not finite.
     """
+    model = model_in(model)
     geometry = geometry_of(model.config)
-    counter = _Counter()
-    recorders = {
-        layer: _Recorder(geometry.layers[layer], geometry.query_heads, counter, model.device)
-        for layer in geometry.growing
-    }
-    decoder = model.get_decoder()
+    counter = _Counter(skip_first, model.config.get_text_config(decoder=True).vocab_size)
+    recorders = {layer: Recorder(geometry.layers[layer], counter) for layer in geometry.growing}
     started = time.perf_counter()
+
+    def counted() -> Iterator[Batch]:
+        for batch in map(Batch.of, batches):
+            counter.start(batch)
+            if batch.ids_BT.numel():
+                yield batch  # comes back when the batch has passed
+                _check_finite(recorders)
+            if on_progress is not None:
+                on_progress(Progress(counter.tokens, time.perf_counter() - started))
+
     was_training = model.training
     try:
         model.eval()
-        with handled(model, recorders):
-            for tokens in batches:
-                batch = Batch.of(tokens).to(model.device)
-                counter.start(batch, skip_first)
-                if batch.ids_BT.numel():
-                    decoder(**batch.inputs(), use_cache=False)
-                if on_progress is not None:
-                    on_progress(Progress(counter.tokens, time.perf_counter() - started))
+        check_attends(model)
+        observe(model, recorders, counted())
     finally:
         model.train(was_training)
     if counter.kept == 0:
         raise DataError("no token to calibrate on: the text is empty or all of it is skipped")
     modules = attention_modules(model)
-    layers = {
-        layer: recorder.moments(_output_moment(modules[layer], geometry.layers[layer]))
-        for layer, recorder in recorders.items()
-    }
+    layers = {}
+    for layer, recorder in recorders.items():
+        weight_MX = weight_of(output_projection(modules[layer]), model.dtype)
+        layers[layer] = recorder.moments(_output_moment(weight_MX, geometry.layers[layer]))
+        if not layers[layer].output.isfinite().all():
+            raise _not_finite(layer, "output projection")
     return layers, counter.kept
 
 
-class _Counter:
-    """The batch under way, shared by the recorders of all layers."""
-
-    def __init__(self) -> None:
-        self.tokens = self.kept = 0
-        self.keep_BT: Tensor | None = None
-
-    def start(self, batch: Batch, skip_first: int) -> None:
-        real_BT = batch.real.bool()
-        keep_BT = real_BT & (real_BT.cumsum(-1) > skip_first)
-        self.tokens += batch.tokens
-        self.kept += int(keep_BT.sum())
-        self.keep_BT = None if bool(keep_BT.all()) else keep_BT
-
-
-class _Recorder:
-    """Sums the second moments of one layer's queries, keys and values in fp32."""
-
-    def __init__(
-        self, shape: LayerShape, query_heads: int, counter: _Counter, device: torch.device
-    ) -> None:
-        G, D = shape.kv_heads, shape.head_dim
-        self.shape, self.query_heads, self.counter = shape, query_heads, counter
-        self.key, self.query, self.value = (torch.zeros(G, D, D, device=device) for _ in range(3))
-
-    def __call__(self, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        G, D = self.shape.kv_heads, self.shape.head_dim
-        for x, heads in ((key_BGTD, G), (value_BGTD, G), (query_BHTD, self.query_heads)):
-            if x.shape[1] != heads or x.shape[3] != D:
-                raise UnsupportedModelError(
-                    f"a layer has {x.shape[1]} heads of width {x.shape[3]}; its config says "
-                    f"{heads} of width {D}"
-                )
-        self._add(self.key, key_BGTD)
-        self._add(self.value, value_BGTD)
-        self._add(self.query, query_BHTD)
-
-    def _add(self, sum_GDD: Tensor, x_BXTD: Tensor) -> None:
-        x_BXTD = x_BXTD.float()
-        if self.counter.keep_BT is not None:
-            x_BXTD = x_BXTD * self.counter.keep_BT[:, None, :, None]
-        # Query heads of a group follow one another, so they fold into their KV head's rows.
-        x_GND = x_BXTD.transpose(0, 1).reshape(sum_GDD.shape[0], -1, x_BXTD.shape[-1])
-        sum_GDD.baddbmm_(x_GND.mT, x_GND)
-
-    def moments(self, output_GDD: Tensor) -> LayerMoments:
-        kept = self.counter.kept
-        key, query, value = (x.cpu() / kept for x in (self.key, self.query, self.value))
-        return LayerMoments(key=key, query=query, value=value, output=output_GDD)
-
-
-def _output_moment(module: nn.Module, shape: LayerShape) -> Tensor:
-    """Σ W W^T over the query heads of each KV head, W [D M] a head's output projection.  [GDD]"""
-    weight_XM = output_projection(module).weight.detach().float().cpu().T
-    weight_GJDM = weight_XM.unflatten(0, (shape.kv_heads, -1, shape.head_dim))
-    return torch.einsum("gjdm,gjem->gde", weight_GJDM, weight_GJDM)
-
-
-@torch.no_grad()
 def measure_energy(
-    model: PreTrainedModel,
-    layers: dict[int, dict[Side, Maps]],
-    sequences: list[dict[str, Tensor]],
+    model: nn.Module,
+    layers: Mapping[int, Mapping[Side, Maps]],
+    sequences: Iterable[Mapping[str, Tensor]],
 ) -> dict[tuple[int, Side], Tensor]:
-    """Share of energy in every column of new bases, on a few sequences.  [GD] each"""
-    moments = {layer: _Moments() for layer in layers}
-    with handled(model, moments):
-        for sequence in sequences:
-            ids_1T = sequence["input_ids"][None].to(model.device)
-            model.get_decoder()(input_ids=ids_1T, use_cache=False)
+    """Share of energy in every column of new bases, on a few sequences [T].  [GD] each"""
+    geometry = geometry_of(model_in(model).config)
+    recorders = {layer: Recorder(geometry.layers[layer], queries=False) for layer in layers}
+    observe(model, recorders, (one["input_ids"][None] for one in sequences))
     return {
-        (layer, side): column_energy(moments[layer].sums[side].cpu(), maps)
+        (layer, side): column_energy(recorders[layer].sums[side].cpu(), maps)
         for layer, sides in layers.items()
         for side, maps in sides.items()
     }
 
 
-class _Moments:
-    """Observes one layer and sums second moments of its keys and values."""
+class _Counter:
+    """The batch under way, shared by the recorders of all layers."""
 
-    def __init__(self) -> None:
-        self.sums: dict[Side, Tensor] = {}
+    def __init__(self, skip_first: int = 0, vocabulary: int = 1) -> None:
+        self.skip_first, self.vocabulary = skip_first, vocabulary
+        self.tokens = self.kept = 0
+        self.keep_BT: Tensor | None = None
+
+    def start(self, batch: Batch) -> None:
+        """Raises:
+        DataError: the ids are not the model's.
+        """
+        least, most = map(int, batch.ids_BT.aminmax()) if batch.ids_BT.numel() else (0, 0)
+        if not 0 <= least <= most < self.vocabulary:
+            raise DataError(
+                f"token ids from {least} to {most} are not all of the model's {self.vocabulary}: "
+                "use its own tokenizer"
+            )
+        real_BT = batch.real.bool()
+        keep_BT = real_BT & (real_BT.cumsum(-1) > self.skip_first)
+        self.tokens += batch.tokens
+        self.kept += int(keep_BT.sum())
+        self.keep_BT = None if bool(keep_BT.all()) else keep_BT
+
+
+class Recorder:
+    """Sums the second moments of one layer's keys and values in fp32, and of its queries."""
+
+    def __init__(
+        self, shape: LayerShape, counter: _Counter | None = None, *, queries: bool = True
+    ) -> None:
+        self.shape, self.queries = shape, queries
+        self.counter = counter or _Counter()
+        self.sums: dict[str, Tensor] = {}
 
     def __call__(self, query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        pairs: tuple[tuple[Side, Tensor], ...] = (("key", key_BGTD), ("value", value_BGTD))
-        for side, x_BGTD in pairs:
-            x_GND = x_BGTD.float().transpose(0, 1).flatten(1, 2)
-            self.sums[side] = self.sums.get(side, 0) + x_GND.mT @ x_GND
+        self._add("key", key_BGTD)
+        self._add("value", value_BGTD)
+        if self.queries:
+            self._add("query", query_BHTD)
+
+    def _add(self, name: str, x_BXTD: Tensor) -> None:
+        G, D = self.shape.kv_heads, self.shape.head_dim
+        x_BXTD = x_BXTD.float()
+        if self.counter.keep_BT is not None:
+            keep_BT = self.counter.keep_BT.to(x_BXTD.device)
+            x_BXTD = x_BXTD * keep_BT[:, None, :, None]
+        if name not in self.sums:
+            self.sums[name] = x_BXTD.new_zeros(G, D, D)
+        # Query heads of a group follow one another, so they fold into their KV head's rows.
+        x_GND = x_BXTD.transpose(0, 1).reshape(G, -1, D)
+        self.sums[name].baddbmm_(x_GND.mT, x_GND)
+
+    def total(self) -> Tensor:
+        """One number, not finite as soon as any of the moments is not."""
+        return torch.stack([one.sum() for one in self.sums.values()]).sum().cpu()
+
+    def moments(self, output_GDD: Tensor) -> LayerMoments:
+        means = {name: one.cpu() / self.counter.kept for name, one in self.sums.items()}
+        return LayerMoments(**means, output=output_GDD)
+
+
+def _check_finite(recorders: Mapping[int, Recorder]) -> None:
+    totals = torch.stack([recorder.total() for recorder in recorders.values()])
+    for layer, is_finite in zip(recorders, totals.isfinite().tolist(), strict=True):
+        if not is_finite:
+            raise _not_finite(layer, "queries, keys or values")
+
+
+def _not_finite(layer: int, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"layer {layer} has {what} that are not finite: load the model in bfloat16 or float32, and "
+        "see whether its weights are sound"
+    )
+
+
+def _output_moment(weight_MX: Tensor, shape: LayerShape) -> Tensor:
+    """Σ W W^T over the query heads of each KV head, W [D M] a head's output projection.  [GDD]"""
+    weight_XM = weight_MX.float().cpu().T
+    weight_GJDM = weight_XM.unflatten(0, (shape.kv_heads, -1, shape.head_dim))
+    return torch.einsum("gjdm,gjem->gde", weight_GJDM, weight_GJDM)

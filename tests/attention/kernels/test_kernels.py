@@ -22,7 +22,7 @@ from matkv.attention import latent as attention
 from matkv.attention.kernels import cpu as cpu
 from matkv.attention.latent import attend
 from matkv.cache.layer import LatentLayer
-from matkv.hf import function as hf
+from matkv.hf import handlers as hf
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import LayerRanks

@@ -1,0 +1,110 @@
+"""What attends in a layer in place of the usual function: latents, truncated states, an observer.
+
+Shapes: B batch, H query head, G KV head, Q query position, T cached token, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from matkv.attention.latent import attend
+from matkv.attention.truncated import States, attend_near_exact
+from matkv.bases.gates import Projected
+from matkv.cache.layer import LatentLayer, note_padding
+from matkv.errors import CacheError
+from matkv.hf.function import Call, handled, register
+from matkv.latents.latents import Latents
+from matkv.latents.layer import LayerProjection
+
+# An observer sees one layer's [BHQD] queries and [BGTD] keys and values.
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class OnLatents(LayerProjection):
+    """Attends on latents: those of the cache, or without one those made on the spot."""
+
+    def attend(self, call: Call) -> Tensor:
+        """[-> BQHD]
+
+        Raises:
+            CacheError: the cache holds full keys and values.
+        """
+        latents = call.key_BGTD if isinstance(call.key_BGTD, Latents) else self._latents(call)
+        scaling = call.query_BHQD.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        out_BHQD = attend(
+            latents, call.query_BHQD, call.mask, scaling=scaling, dropout=call.dropout
+        )
+        return out_BHQD.transpose(1, 2).contiguous()
+
+    def _latents(self, call: Call) -> Latents:
+        """Latents of a forward pass without a cache: those that a cache would hold after it."""
+        key_BGTD, value_BGTD = call.states
+        if key_BGTD.shape[2] != call.query_BHQD.shape[2]:
+            raise CacheError(
+                "the cache of an attached model holds full keys and values: pass "
+                "matkv.LatentCache(model), or none"
+            )
+        if self.keeps_exact:
+            layer = LatentLayer(self)
+            note_padding([layer], call.mask, len(key_BGTD), key_BGTD.shape[2])
+            latents: Latents = layer.update(key_BGTD, value_BGTD)[0]
+            return latents
+        return Latents(self, self.encode(key_BGTD, value_BGTD))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model unpickled in a new process asks for its attention implementation by name."""
+        super().__setstate__(state)
+        register()
+
+
+@dataclass(frozen=True)
+class OnTruncated:
+    """Attends on keys and values multiplied by square matrices: training and search."""
+
+    projected: Projected
+
+    def attend(self, call: Call) -> Tensor:
+        """[-> BQHD]"""
+        exact = call.states
+        truncated = self.projected(*exact)
+        if not self.projected.recent:
+            return call.usual(*truncated)
+        out_BHQD = attend_near_exact(
+            call.query_BHQD,
+            States(*exact),
+            States(*truncated),
+            call.mask,
+            recent=self.projected.recent,
+            scaling=call.scaling,
+            dropout=call.dropout,
+        )
+        return out_BHQD.transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Shows an observer what passes, and attends as usual."""
+
+    observer: Observer
+
+    def attend(self, call: Call) -> Tensor:
+        """[-> BQHD]"""
+        key_BGTD, value_BGTD = call.states
+        self.observer(call.query_BHQD, key_BGTD, value_BGTD)
+        return call.usual(key_BGTD, value_BGTD)
+
+
+def truncating(
+    model: nn.Module, projected: Mapping[int, Projected]
+) -> AbstractContextManager[None]:
+    """Let layers attend on keys and values as `projected[layer]` changes them, meanwhile.
+
+    Raises:
+        MatkvError: the model is attached.
+    """
+    return handled(model, {layer: OnTruncated(one) for layer, one in projected.items()})
