@@ -34,6 +34,7 @@ def output_of(subject: Tiny, layer: int, ids_BT: Tensor, handler: Any) -> Tensor
     finally:
         hook.remove()
     bias_M = projection.bias
+    assert bias_M is None or isinstance(bias_M, Tensor)
     return seen[0] if bias_M is None else seen[0] - bias_M.detach()
 
 

@@ -26,6 +26,7 @@ from matkv.cache.layer import LatentLayer
 from matkv.data.task_items import load_tasks
 from matkv.errors import DataError, MatkvError
 from matkv.evaluate.lm_eval_model import LoadedLM, MatkvLM
+from matkv.hf.attach import attached_table, attachment_of
 from quiz import letters, make_run, write_tasks
 from tiny import ragged_table, stepwise
 
@@ -189,10 +190,10 @@ def test_lm_eval_finds_the_model_by_name(home: Path, artifact: Artifact) -> None
         f"artifact={home / 'run'},budget=0.5", {"batch_size": 2, "device": "cuda:0"}
     )
     assert type(lm) is MatkvLM
-    table = lm.model.__dict__["matkv_attachment"].table
+    table = attached_table(lm.model)
     assert table == artifact.table(0.5)
     plain = get_model("matkv").create_from_arg_string(f"artifact={home / 'run'},budget=full")
-    assert "matkv_attachment" not in plain.model.__dict__
+    assert attachment_of(plain.model) is None
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from matkv.errors import ArtifactError, BudgetError, DataError, FingerprintError
 from matkv.evaluate.needles import NEEDLE, NeedleConfig, ask, needles
 from matkv.evaluate.positions import POSITIONS, _losses, buckets, positions
 from matkv.evaluate.texts import perplexity
+from matkv.hf.attach import attachment_of
 from matkv.logits import token_losses
 from matkv.ranks import RankTable
 from tiny import COMMON, Tiny, from_config, save_model, tokens
@@ -200,7 +201,7 @@ def test_rows_name_what_was_measured(subject: Tiny, tokenizer: Any, tmp_path: Pa
     assert rows[0]["made"]["versions"]["torch"]
     assert seen == [800, 1600, 2400, 3200]
     assert seen[-1] == CONFIG.tokens * 2
-    assert "matkv_attachment" not in subject.model.__dict__
+    assert attachment_of(subject.model) is None
     written = json.loads((tmp_path / "results" / "needle.json").read_text())["rows"]
     assert written == rows
 
@@ -247,7 +248,7 @@ def test_a_kill_loses_only_the_row_under_way(
     with pytest.raises(KeyboardInterrupt) as held:  # its traceback must not keep the model attached
         measure(subject, tokenizer, store(tmp_path))
     assert held.traceback
-    assert "matkv_attachment" not in subject.model.__dict__
+    assert attachment_of(subject.model) is None
     assert len(json.loads((tmp_path / "results" / "needle.json").read_text())["rows"]) == 2
     assert len(measure(subject, tokenizer, store(tmp_path))) == 4
     assert len(asked) == 6 + 4

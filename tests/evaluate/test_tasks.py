@@ -22,6 +22,7 @@ from matkv.errors import BudgetError, DataError
 from matkv.evaluate.lm_eval_model import LoadedLM
 from matkv.evaluate.scores import accuracy
 from matkv.evaluate.tasks import TASKS, At, TaskConfig, score_tasks
+from matkv.hf.attach import attachment_of
 from matkv.ranks import RankTable
 from quiz import make_run, write_tasks
 
@@ -100,7 +101,7 @@ def test_rows_say_what_was_measured_and_how(score: Scorer, artifact: Artifact) -
     assert last["chance"] == 0.5
     assert last["acc_norm"] == last["acc"]  # one continuation has one length
     assert results.load_rows(score.run, "tasks") == rows
-    assert "matkv_attachment" not in score.model.__dict__
+    assert attachment_of(score.model) is None
 
 
 def test_progress_counts_requests(score: Scorer) -> None:
@@ -154,7 +155,7 @@ def test_a_run_cut_short_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         score(None, 0.5)
     assert len(results.load_rows(score.run, "tasks")) == 2
-    assert "matkv_attachment" not in score.model.__dict__
+    assert attachment_of(score.model) is None
     monkeypatch.undo()
     assert len(score(None, 0.5)) == 4
     assert score.measured == [(0.5, "letters"), (0.5, "contexts")]

@@ -12,6 +12,7 @@ import matkv
 from matkv.cache.cache import full_states, new_cache, refill, storage_nbytes
 from matkv.errors import BudgetError, DataError
 from matkv.evaluate.texts import evaluate, perplexity
+from matkv.hf.attach import attachment_of
 from matkv.ranks import RankTable
 from tiny import Tiny, tokens
 
@@ -48,7 +49,7 @@ def test_rows_hold_bytes_and_leave_the_model_detached(llama: Tiny) -> None:
     assert [row.bytes_per_token for row in rows] == [full, full, full // 2]
     assert rows[1].perplexity == pytest.approx(rows[0].perplexity, rel=1e-5)
     assert rows[2].perplexity != pytest.approx(rows[0].perplexity, rel=1e-5)
-    assert "matkv_attachment" not in llama.model.__dict__
+    assert attachment_of(llama.model) is None
     assert seen == [(None, 24), (None, 48), (1.0, 24), (1.0, 48), (0.5, 24), (0.5, 48)]
 
 

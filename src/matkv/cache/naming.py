@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache as remembered
 from typing import Any
 
@@ -14,14 +15,14 @@ NAMES = ("cache", "past_key_values")
 
 def cache_argument(model: Any, cache: Cache) -> dict[str, Cache]:
     """`cache` as a keyword of the forward pass, and of `generate`, of this model."""
-    return {cache_name(type(model)): cache}
+    return {cache_name(type(model).forward): cache}
 
 
 @remembered
-def cache_name(kind: type) -> str:
-    """What models of a class call their cache; the common name where their signature hides it."""
-    for asked in (kind, LlamaModel):
-        parameters = inspect.signature(asked.forward).parameters  # type: ignore[attr-defined]
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a forward pass calls its cache; the common name where its signature hides it."""
+    for asked in (forward, LlamaModel.forward):
+        parameters = inspect.signature(asked).parameters
         for name in NAMES:
             if name in parameters:
                 return name

@@ -166,4 +166,6 @@ def use_handlers(decoder: PreTrainedModel) -> dict[str, str]:
 def use_implementations(decoder: PreTrainedModel, implementations: Mapping[str, str]) -> None:
     """Undo `use_handlers`: give each part its own implementation again."""
     for name, implementation in implementations.items():
-        decoder.get_submodule(name).config._attn_implementation = implementation
+        part = decoder.get_submodule(name)
+        assert isinstance(part, PreTrainedModel)
+        part.config._attn_implementation = implementation

@@ -28,9 +28,9 @@ class PrepareForward:
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
-        self.cache_name = cache_name(type(decoder))
+        self.cache_name = cache_name(type(decoder).forward)
         parameters = inspect.signature(type(decoder).forward).parameters.values()
-        named = parameters and [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.names = tuple(named[1:])  # without self
 
     def __call__(

@@ -82,7 +82,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     model = model_in(model)
     name = model.config.model_type
     found = {
-        module.layer_idx: module
+        int(module.layer_idx): module  # type: ignore[arg-type]
         for module in decoder_of(model).modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     }

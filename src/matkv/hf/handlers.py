@@ -58,7 +58,7 @@ class OnLatents(LayerProjection):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model unpickled in a new process asks for its attention implementation by name."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         register()
 
 

@@ -60,8 +60,8 @@ def weight_of(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     `dtype` is that of the model, which packed weights are asked in.
     """
     if is_plain(linear):
-        weight: Tensor = linear.weight.detach()  # type: ignore[assignment, operator]
-        return weight
+        assert isinstance(linear.weight, Tensor)
+        return linear.weight.detach()
     X = int(linear.in_features)  # type: ignore[arg-type]
     blocks = torch.arange(X).split(BLOCK)
     return torch.cat([_columns(linear, block, dtype) for block in blocks], dim=1)
@@ -74,8 +74,8 @@ def _columns(linear: nn.Module, column_P: Tensor, dtype: torch.dtype) -> Tensor:
     device = device_of(linear)
     unit_PX = torch.zeros(len(column_P) + 1, X, dtype=dtype, device=device)
     unit_PX[torch.arange(len(column_P)), column_P] = 1
-    out_PM = linear(unit_PX)
-    return (out_PM[:-1] - out_PM[-1]).mT
+    out_PM: Tensor = linear(unit_PX)
+    return (out_PM[:-1] - out_PM[-1:]).mT
 
 
 def fingerprint(model: nn.Module) -> tuple[float, ...]:
