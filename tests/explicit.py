@@ -27,7 +27,7 @@ def attend_explicit(
     sink = 0 if exact is None else exact.sink
     position_Q = torch.arange(latents.tokens - queries, latents.tokens)[:, None]
     place_BT = torch.arange(key_BGTD.shape[2])[None] + sink
-    reads_BQT = position_Q >= place_BT[:, None]
+    reads_BQT = (position_Q >= place_BT[:, None]) | (mask is not None)
     if exact is not None:
         sink_BS = torch.arange(sink)[None] if exact.sink_BS is None else exact.sink_BS
         count_BT = exact.count_BT
@@ -42,11 +42,14 @@ def attend_explicit(
         def near(place_BT: Tensor) -> Tensor:
             """In the recent and no sink."""
             counts_BQT = count_BT[:, position_Q] - count_BT[:, None, place_BT[0]]
-            is_seen_BQT = position_Q >= place_BT[:, None]
-            return is_seen_BQT & (counts_BQT < exact.reach) & after(place_BT)
+            is_seen_BQT = (position_Q >= place_BT[:, None]) | (mask is not None)
+            is_near_BQT = (counts_BQT < exact.reach) & (exact.reach > 0)
+            return is_seen_BQT & is_near_BQT & after(place_BT)
 
+        reads_BQT = reads_BQT | (mask is not None)
+        sinks_BQS = (sink_BS[:, None] <= position_Q) | (mask is not None)
         reads = [reads_BQT & after(place_BT) & ~near(place_BT)]
-        reads += [sink_BS[:, None] <= position_Q, near(recent_BK)]
+        reads += [sinks_BQS & (sink_BS[:, None] < exact.tokens), near(recent_BK)]
         places = [place_BT, sink_BS, recent_BK]
         batch = max(len(part) for part in reads)
         reads_BQT = torch.cat([part.expand(batch, -1, -1) for part in reads], dim=2)

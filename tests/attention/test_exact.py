@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from explicit import attend_explicit
 from matkv.attention import exact
@@ -61,7 +62,7 @@ def attend_in_pieces(cache: LatentLayer, sizes: list[int], mask: Tensor | None) 
         expected = attend_explicit(latents, query[:, :, place], piece, scaling=SCALING)
         seen = torch.ones(B, size, dtype=torch.bool)
         if piece is not None:
-            seen = (piece if piece.dtype == torch.bool else piece == 0).any(-1)[:, 0]
+            seen = (piece if piece.dtype == torch.bool else piece == 0).any(-1)[:, 0].expand(B, -1)
         assert bool(out.isfinite().all())
         assert largest_difference(*(x.transpose(1, 2)[seen] for x in (out, expected))) < 1e-5
         outs.append(out)
@@ -100,6 +101,43 @@ def test_padding_is_not_attended_and_sinks_come_after_it(
         assert largest_difference(out[1:, :, padding[1] :], alone) < 1e-5
 
 
+def looking_ahead(kind: str) -> Tensor:
+    """[B|1 1 T T]: a prefix that sees all of itself, an image within a text, or at random.
+
+    Where nothing sees beyond token 31, the others can be fed later.
+    """
+    mask = causal()[:1]
+    if kind == "prefix":
+        mask[..., :9, :9] = True
+    elif kind == "image":
+        mask[..., 12:30, 12:30] = True
+    else:
+        generator = torch.Generator().manual_seed(6)
+        mask = torch.rand(B, 1, T, T, generator=generator) < 0.3
+        mask |= torch.eye(T, dtype=torch.bool)
+        mask[..., :31, 31:] = False
+    return mask
+
+
+@SIZES
+@pytest.mark.parametrize("kind", ["prefix", "image", "random"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_may_let_a_query_see_later_tokens(
+    sink: int, recent: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "BLOCK", 4)
+    mask = looking_ahead(kind)
+    given = mask if dtype == torch.bool else torch.where(mask, 0.0, -torch.inf)
+    attend_in_pieces(layer(sink, recent), [T], given)
+    attend_in_pieces(layer(sink, recent), [31, 1, 9], given)
+    full = LatentLayer(LayerProjection(KEY, VALUE, (D,) * G, (D,) * G, sink=sink, recent=recent))
+    query, key, value = states()
+    out = attend(full.update(key, value)[0], query, given, scaling=SCALING)
+    key, value = (x.repeat_interleave(J, 1) for x in (key, value))
+    plain = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=SCALING)
+    assert largest_difference(out, plain) < 1e-5
+
+
 @SIZES
 def test_explicit_parts_are_those_of_the_fused_attention(sink: int, recent: int) -> None:
     """Where gradients flow, off the CPU and with dropout; in blocks of queries, too."""
@@ -134,5 +172,5 @@ def test_exact_tokens_cost_no_mask_at_decoding() -> None:
     query, key, value = states()
     cache.update(key, value)
     latents, _ = cache.update(key[:, :, :1], value[:, :, :1])
-    with mock.patch.object(exact, "additive", side_effect=AssertionError):
+    with mock.patch.object(exact, "near_mask", side_effect=AssertionError):
         attend(latents, query[:, :, :1], None, scaling=SCALING)

@@ -45,17 +45,25 @@ def padded(count: int) -> Tensor:
     return sees | torch.eye(T, dtype=torch.bool)[T - count :]  # no row is empty
 
 
+def looking_ahead(count: int) -> Tensor:
+    """Some tokens see up to eleven later ones."""
+    sees = causal(count)
+    sees[..., 4 - count :, 12:] = True
+    sees[..., :-6, :12] = True
+    return sees
+
+
 @pytest.mark.parametrize("block", [1, 7, 8, 64])
 @pytest.mark.parametrize("recent", [1, 5, 40])
 @pytest.mark.parametrize("count", [T, 9, 1])
-@pytest.mark.parametrize("kind", ["causal", "boolean", "additive"])
+@pytest.mark.parametrize("kind", ["causal", "boolean", "additive", "ahead"])
 def test_blocks_equal_all_scores_at_once(
     monkeypatch: pytest.MonkeyPatch, block: int, recent: int, count: int, kind: str
 ) -> None:
     monkeypatch.setattr(window_module, "BLOCK", block)
-    sees = causal(count) if kind == "causal" else padded(count)
+    sees = {"causal": causal, "ahead": looking_ahead}.get(kind, padded)(count)
     additive = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
-    mask = {"causal": None, "boolean": sees, "additive": additive}[kind]
+    mask = {"causal": None, "additive": additive}.get(kind, sees)
     found: list[Tensor | None] = []
     expected: list[Tensor | None] = []
     for attend, results in ((attend_near_exact, found), (oracle, expected)):

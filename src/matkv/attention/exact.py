@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from matkv.attention.masks import additive
+from matkv.attention.masks import look_ahead, near_mask
 from matkv.attention.parts import attend_part
 from matkv.latents.latents import Exact
 
@@ -33,11 +33,13 @@ def attend_exact(
     """Attention of the last Q tokens over the exact ones, and the log of the weights' sum.
 
     [BHQD -> BHQD, BHQ]. `mask` is that of all tokens, [B|1, 1, Q, T], None if it is causal.
+    Tokens after a query that it lets see are read exactly.
     """
     Q = query_BHQD.shape[2]
     heads, dtype = exact.recent_BGKF.shape[1], exact.recent_BGKF.dtype
     query_BGJQD = query_BHQD.to(dtype).unflatten(1, (heads, -1))
     is_plain = mask is None and not exact.is_padded
+    ahead = look_ahead(mask, exact.tokens - Q) if exact.reach else 0
     block = max(BLOCK, exact.reach // 2)
     # From `begin` on all blocks see the same pattern of columns, unless a mask says otherwise.
     begin = min(Q, max(0, exact.sink + exact.reach - 1 - (exact.tokens - Q)))
@@ -46,7 +48,8 @@ def attend_exact(
     parts, start = [], 0
     for end in ends:
         if start < end:
-            parts.append(_one_block(exact, query_BGJQD, mask, slice(start, end), scaling, dropout))
+            queries = slice(start, end)
+            parts.append(_one_block(exact, query_BGJQD, mask, queries, ahead, scaling, dropout))
         start = end
     if start < Q:
         parts.append(_equal_blocks(exact, query_BGJQD[..., start:, :], block, scaling, dropout))
@@ -56,41 +59,31 @@ def attend_exact(
     return out_BGJQD.flatten(1, 2).to(query_BHQD.dtype), lse_BGJQ.flatten(1, 2)
 
 
-def far_mask(exact: Exact, mask: Tensor | None, queries: int, rows: int, like: Tensor) -> Tensor:
-    """Which of `rows` latents, from position `sink` on, the last `queries` read.  [B|1 1 Q rows]"""
-    query_Q = torch.arange(exact.tokens - queries, exact.tokens, device=like.device)
-    place_T = torch.arange(exact.sink, exact.sink + rows, device=like.device)
-    sees_BQT = _distance(exact, query_Q, place_T) >= exact.reach
-    sees_BQT = sees_BQT & _after_sinks(exact, place_T)[:, None]
-    given = None if mask is None else mask[:, :, -queries:, exact.sink : exact.sink + rows]
-    return _both(sees_BQT[:, None], given, like.dtype)
-
-
 def _one_block(
     exact: Exact,
     query_BGJQD: Tensor,
     mask: Tensor | None,
     queries: slice,
+    ahead: int,
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Some queries with whatever columns they need.  [-> BGJPD, BGJP]"""
     before = exact.tokens - query_BGJQD.shape[3]
     low = max(exact.first, before + queries.start - exact.reach + 1 - exact.gaps)
+    high = min(exact.tokens, before + queries.stop + ahead)
     sink_BGSF, bias = exact.sink_BGSF, None
     if mask is None and not exact.is_padded and queries.stop - queries.start == 1:
         # One query sees all its columns: decoding needs no mask.
         sink_BGSF, low = sink_BGSF[:, :, : exact.tokens], max(low, exact.sink)
     else:
-        position_P = torch.arange(queries.start, queries.stop, device=query_BGJQD.device) + before
+        query_P = torch.arange(queries.start, queries.stop, device=query_BGJQD.device) + before
         given = None if mask is None else mask[:, :, queries]
-        stretch = slice(low, before + queries.stop)
-        bias = _near_mask(exact, position_P, stretch, given, query_BGJQD.dtype)
+        stretch = slice(low, high if exact.reach else low)
+        bias = near_mask(exact, given, query_P, stretch, query_BGJQD.dtype)
     columns_BGCF = sink_BGSF
     if exact.reach:
-        columns_BGCF = exact.recent_BGKF[
-            :, :, low - exact.first : queries.stop + before - exact.first
-        ]
+        columns_BGCF = exact.recent_BGKF[:, :, low - exact.first : high - exact.first]
         if exact.sink:
             columns_BGCF = torch.cat((sink_BGSF, columns_BGCF), dim=2)
     return _attend_columns(query_BGJQD[..., queries, :], columns_BGCF, bias, scaling, dropout)
@@ -108,8 +101,8 @@ def _equal_blocks(
     if exact.sink:
         sink_BNGSF = exact.sink_BGSF[:, None].expand(-1, count, -1, -1, -1)
         columns_XGCF = torch.cat((sink_BNGSF.flatten(0, 1), columns_XGCF), dim=2)
-    position_P = torch.arange(begin, begin + block, device=query_BGJQD.device)
-    bias = _near_mask(exact, position_P, slice(low, low + width), None, query_BGJQD.dtype)
+    query_P = torch.arange(begin, begin + block, device=query_BGJQD.device)
+    bias = near_mask(exact, None, query_P, slice(low, low + width), query_BGJQD.dtype)
     query_XGJPD = query_BGJQD.unflatten(3, (count, block)).movedim(3, 1).flatten(0, 1)
     out_XGJPD, lse_XGJP = _attend_columns(query_XGJPD, columns_XGCF, bias, scaling, dropout)
     out_BNGJPD, lse_BNGJP = (x.unflatten(0, (B, count)) for x in (out_XGJPD, lse_XGJP))
@@ -131,55 +124,3 @@ def _attend_columns(
         dropout=dropout,
     )
     return out_BGXD.unflatten(2, (J, P)), lse_BGX.unflatten(2, (J, P))
-
-
-def _near_mask(
-    exact: Exact,
-    position_P: Tensor,
-    stretch: slice,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Which sinks, and which recent tokens at the positions of `stretch`, are read exactly.
-
-    [B|1 1 P C]; `mask` [B|1, 1, P, T] is that of all tokens.
-    """
-    device = position_P.device
-    sink_BS = exact.sink_BS
-    if sink_BS is None:
-        sink_BS = torch.arange(exact.sink, device=device)[None]
-    sees_BPC = sink_BS[:, None] <= position_P[:, None]
-    if exact.reach:
-        recent_K = torch.arange(stretch.start, stretch.stop, device=device)
-        near_BPK = (position_P[:, None] >= recent_K) & _after_sinks(exact, recent_K)[:, None]
-        near_BPK = near_BPK & (_distance(exact, position_P, recent_K) < exact.reach)
-        batch = max(len(sees_BPC), len(near_BPK))
-        sees_BPC = torch.cat([x.expand(batch, -1, -1) for x in (sees_BPC, near_BPK)], dim=-1)
-    if mask is not None:
-        batch = max(len(mask), len(sink_BS))
-        index_BPS = sink_BS.clamp_max(exact.tokens - 1)[:, None].expand(batch, len(position_P), -1)
-        mask = mask.expand(batch, -1, -1, -1)
-        recents = mask[..., stretch] if exact.reach else mask[..., :0]
-        mask = torch.cat((mask.gather(3, index_BPS[:, None]), recents), dim=3)
-    return _both(sees_BPC[:, None], mask, dtype)
-
-
-def _distance(exact: Exact, query_Q: Tensor, place_T: Tensor) -> Tensor:
-    """How many tokens a slot lies before a query's.  [B|1 Q T]"""
-    if exact.count_BT is None:
-        return (query_Q[:, None] - place_T)[None]
-    return exact.count_BT[:, query_Q, None] - exact.count_BT[:, None, place_T]
-
-
-def _after_sinks(exact: Exact, place_T: Tensor) -> Tensor:
-    """Whether slots come after a sequence's sinks, and so after the padding before it.  [B|1 T]"""
-    if exact.sink_BS is None:
-        return (place_T >= exact.sink)[None]
-    return place_T > exact.sink_BS[:, -1:]
-
-
-def _both(sees: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Boolean `sees` and any mask, as finite numbers to add to scores."""
-    if mask is None or mask.dtype == torch.bool:
-        return additive(sees if mask is None else sees & mask, dtype)
-    return additive(mask.masked_fill(~sees, -torch.inf), dtype)

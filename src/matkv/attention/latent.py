@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matkv.attention.exact import attend_exact, far_mask
+from matkv.attention.exact import attend_exact
 from matkv.attention.kernels import cpu
-from matkv.attention.masks import additive, causal_bias
+from matkv.attention.masks import additive, causal_bias, far_mask
 from matkv.attention.parts import attend_part, even_lse, flows, merge
 from matkv.errors import UnsupportedModelError
 from matkv.latents.latents import Exact, Latents
@@ -39,8 +39,8 @@ def attend(
 ) -> Tensor:
     """Attention output of every query head.  [BHQD -> BHQD]
 
-    `mask` [B|1, 1, Q, T] is boolean (True attends) or additive; None means causal, with the last
-    query at the last token.
+    `mask` [B|1, 1, Q, T] is boolean (True attends) or additive, and may let a query see later
+    tokens; None means causal, with the last query at the last token.
 
     Raises:
         UnsupportedModelError: the mask differs between heads, as a position bias does.
@@ -51,6 +51,7 @@ def attend(
     _check_mask(mask, queries, latents.tokens)
     if latents.exact is not None:
         return _attend_both(latents, latents.exact, query_BHQD, mask, scaling, dropout)
+    mask = None if mask is None else additive(mask, latents.rows[0].dtype)
     out_BHQD, _ = _attend_rows(latents, query_BHQD, mask, scaling, dropout, _sdpa)
     return out_BHQD
 
@@ -70,14 +71,15 @@ def _attend_both(
     queries, rows = query_BHQD.shape[2], latents.rows[0].shape[2]
     if rows == 0:
         return near_BHQD
-    # The last query reads all rows, each one before it a row less: the first ones none.
-    early = max(0, queries - rows)
+    # The last query reads all rows, each one before it a row less: the first ones none. But where
+    # nothing is recent, a mask may let it see later ones.
+    early = max(0, queries - rows) if mask is None or exact.reach else 0
     near = near_BHQD, lse_near_BHQ
     if early:
         query_BHQD = query_BHQD[:, :, early:]
         near = near_BHQD[:, :, early:], lse_near_BHQ[:, :, early:]
     if mask is not None or exact.is_padded:
-        mask = far_mask(exact, mask, queries - early, rows, query_BHQD)
+        mask = far_mask(exact, mask, queries - early, rows, latents.rows[0].dtype)
     far_BHQD, lse_BGX = _attend_rows(latents, query_BHQD, mask, scaling, dropout, attend_part)
     lse_far_BHQ = latents.projection.leave(lse_BGX, queries - early)
     merged_BHQD = merge(far_BHQD, lse_far_BHQ, *near)
@@ -94,11 +96,10 @@ def _attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the rows, and the log of the weights' sum where `fused` tells it.
 
-    The second is in sorted order.  [BHQD -> BHQD, BGX]
+    The second is in sorted order; `mask` is additive.  [BHQD -> BHQD, BGX]
     """
     projection, rows, queries = latents.projection, latents.rows, query_BHQD.shape[2]
-    query_BGXM = per_head(projection.enter(query_BHQD), projection.query)
-    mask = None if mask is None else additive(mask, query_BGXM.dtype)
+    query_BGXM = per_head(projection.enter(query_BHQD), projection.query).to(rows[0].dtype)
     decode = _decoder(query_BGXM, rows) if queries == 1 and not dropout else None
     if decode is not None:
         out_BGXM, lse_BGX = decode(query_BGXM, rows, projection, mask, scaling)
@@ -106,7 +107,7 @@ def _attend_rows(
         fused = partial(fused, scaling=scaling, dropout=dropout)
         out_BGXM, lse_BGX = _attend_fused(latents, query_BGXM, queries, mask, fused)
     out_BHQD = projection.leave(per_head(out_BGXM, projection.output), queries)
-    return out_BHQD, lse_BGX
+    return out_BHQD.to(query_BHQD.dtype), lse_BGX
 
 
 Decode = Callable[

@@ -1,7 +1,8 @@
 """Attention at full width in which recent tokens are exact: what training and search see.
 
-A token is exact for its own query and those up to `recent` positions after it, and truncated for
-later ones, as a cache with recent tokens holds it. Gradients flow through both.
+A token is exact for its own query, those up to `recent` positions after it and those before it that
+a mask lets see it, and truncated for later ones, as a cache with recent tokens holds it. Gradients
+flow through both.
 
 Shapes: B batch, H query head, G KV head, J query heads of a KV head, Q query position, T token,
 K tokens that a block of queries sees, D head dim.
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matkv.attention.masks import additive, causal_bias
+from matkv.attention.masks import additive, causal_bias, look_ahead
 
 # Queries that attend together: few, so that little is computed only to be masked; not so few that
 # the calls cost more than what they save.
@@ -50,6 +51,7 @@ def attend_near_exact(
     dtype, device = query_BHQD.dtype, query_BHQD.device
     bias_BGQT = causal_bias(Q, T, query_BHQD)[None, None] if mask is None else additive(mask, dtype)
     token_T = torch.arange(T, device=device)
+    ahead = look_ahead(mask, T - Q)
     query_BGJQD = query_BHQD.unflatten(1, (heads, -1))
     outs = []
     for first in range(0, Q, BLOCK):
@@ -57,7 +59,10 @@ def attend_near_exact(
         J, block = block_BGJQD.shape[2:4]
         position_Q = token_T[T - Q + first :][:block]
         end = T - Q + first + block
-        far, near = slice(max(0, end - 1 - recent)), slice(max(0, end - block - recent), end)
+        far, near = (
+            slice(max(0, end - 1 - recent)),
+            slice(max(0, end - block - recent), end + ahead),
+        )
         key_BGKD = torch.cat((truncated.key_BGTD[:, :, far], exact.key_BGTD[:, :, near]), 2)
         value_BGKD = torch.cat((truncated.value_BGTD[:, :, far], exact.value_BGTD[:, :, near]), 2)
         is_near_QT = position_Q[:, None] - token_T <= recent

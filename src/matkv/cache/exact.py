@@ -7,9 +7,10 @@ Shapes: B batch, G KV head, T new token or slot, S sink token, K recent token, D
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from matkv.cache.padding import Padding, slots_of_last
+from matkv.cache.padding import Padding, holes_among
 from matkv.errors import CacheError
 from matkv.latents.latents import Exact
 
@@ -37,27 +38,29 @@ class ExactTokens:
     def forget_padding(self) -> None:
         self.sink_BS: Tensor | None = None
         self.count_BT: Tensor | None = None
-        self.spread = self.gaps = self.later_gaps = 0
+        self.holes = self.gaps = self.spread = 0
         # From this slot on, no token to come is a sink.
         self.settled = self.sink
 
     def note(self, padding: Padding, first: int) -> None:
-        """Take in where the tokens are, those from the slot `first` on being new."""
-        if first == 0:
-            self.forget_padding()
+        """Take in where the tokens are; those in the slots from `first` on are yet to come."""
         if self.sink:
             sink_BS = padding.sinks(self.sink)
-            if first:
-                before_BS = torch.arange(self.sink) if self.sink_BS is None else self.sink_BS
-                before_BS = before_BS.to(sink_BS.device)
+            if first and self.sink_BS is not None:
+                before_BS = self.sink_BS.to(sink_BS.device)
                 sink_BS = torch.where(before_BS < first, before_BS, sink_BS)
             self.sink_BS = sink_BS
         self.settled = padding.latest + padding.holes + self.sink
-        if self.recent and padding.holes:
-            self.count_BT = padding.count_BT
-            self.spread = max(0, slots_of_last(padding.count_BT, self.recent) - self.recent)
-            self.later_gaps = padding.holes
-            self.gaps = padding.holes if first else padding.inside
+        self.count_BT, self.holes = padding.count_BT, padding.holes
+        self.gaps = padding.holes if first else padding.inside
+        self._spread_out()
+
+    def real(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Which of the first `length` slots hold tokens.  [BT]"""
+        if self.count_BT is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=device)
+        count_BT = self._counted(length, device)
+        return count_BT > F.pad(count_BT, (1, -1))
 
     @property
     def reach(self) -> int:
@@ -92,10 +95,10 @@ class ExactTokens:
             length,
             self.reach,
             self.sink_BS,
-            self._counted(length, new_BGTF.device),
+            self._counted(length, new_BGTF.device) if self.holes and self.recent else None,
             self.gaps,
         )
-        self.gaps = self.later_gaps
+        self.gaps = self.holes
         turned = slice(self.between(first), self.between(length))
         offset = self.sink - exact.first
         return exact, recent_BGKF[:, :, turned.start + offset : turned.stop + offset]
@@ -112,8 +115,8 @@ class ExactTokens:
         if not self.recent:
             return
         if self.count_BT is not None:
-            self.count_BT = self.count_BT[:, :length]
-            self.spread = max(0, slots_of_last(self.count_BT, self.recent) - self.recent)
+            self.count_BT = self._counted(length, self.count_BT.device)
+            self._spread_out()
         wanted = self._wanted(length)
         end = max(self.held.start, self.held.stop - removed)
         if end - wanted < self.held.start:
@@ -166,10 +169,15 @@ class ExactTokens:
         """How many of `length` tokens are recent, and no sinks whatever the padding."""
         return min(self.recent + self.spread, max(0, length - self.sink))
 
-    def _counted(self, length: int, device: torch.device) -> Tensor | None:
+    def _spread_out(self) -> None:
+        """Learn how many slots more than `recent` are needed for as many tokens."""
+        assert self.count_BT is not None
+        matters = self.recent > 0 and self.holes > 0
+        self.spread = holes_among(self.count_BT, self.recent) if matters else 0
+
+    def _counted(self, length: int, device: torch.device) -> Tensor:
         """The count of tokens, with one more for every slot that nothing was noted of."""
-        if self.count_BT is None:
-            return None
+        assert self.count_BT is not None
         count_BT = self.count_BT.to(device)[:, :length]
         more_T = torch.arange(1, length - count_BT.shape[1] + 1, device=device)
         self.count_BT = torch.cat((count_BT, count_BT[:, -1:] + more_T), dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from matkv.cache.exact import ExactTokens
-from matkv.cache.padding import Padding, real_tokens
+from matkv.cache.padding import Padding, new_tokens
 from matkv.cache.rows import GRAIN, pair_up, reusable
 from matkv.errors import CacheError
 from matkv.latents.latents import Latents
@@ -190,22 +190,20 @@ class LatentLayer(DynamicLayer):
 
 
 def note_padding(layers: Iterable[Any], mask: Any, batch: int, queries: int) -> None:
-    """Tell layers that keep some tokens exact where the tokens are, `queries` of them new.
+    """Tell layers that keep some tokens exact which of the next `queries` slots are padding.
 
-    `mask` is one that a decoder takes, see `real_tokens`. On an accelerator single tokens are
+    `mask` is one that a decoder takes, see `new_tokens`. On an accelerator single tokens are
     trusted to be no padding once every sequence has its sinks: looking would wait for the device.
     """
-    layers = [layer for layer in layers if isinstance(layer, LatentLayer) and layer.exact]
-    if not layers or mask is None:
+    held = [layer for layer in layers if isinstance(layer, LatentLayer)]
+    exact = [layer.exact for layer in held if layer.exact is not None]
+    if not exact:
         return
-    first = layers[0].length
-    real_BT = real_tokens(mask, batch, first + queries)
-    if real_BT is None:
+    first = held[0].length
+    real_BQ = new_tokens(mask, batch, first, queries)
+    is_settled = queries == 1 and all(tokens.settled <= first for tokens in exact)
+    if real_BQ is None or (is_settled and real_BQ.device.type != "cpu") or bool(real_BQ.all()):
         return
-    is_settled = all(layer.exact.settled <= first for layer in layers)
-    if queries == 1 and is_settled and real_BT.device.type != "cpu":
-        return
-    padding = Padding.of(real_BT)
-    if padding is not None and (padding.holes or not is_settled):
-        for layer in layers:
-            layer.exact.note(padding, first)
+    padding = Padding.of(torch.cat((exact[0].real(batch, first, real_BQ.device), real_BQ), dim=1))
+    for tokens in exact:
+        tokens.note(padding, first)

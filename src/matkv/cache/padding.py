@@ -1,6 +1,6 @@
 """Which slots of a cache hold tokens: the padding of a batch.
 
-Shapes: B batch, Q query, T slot of the cache, S sink token.
+Shapes: B batch, Q new token, T slot of the cache, S sink token.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What is added to the score of a hidden token is lower than this, however it was made.
-HIDDEN = -5e3
+from matkv.attention.masks import visible
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,8 @@ class Padding:
     inside: int
 
     @classmethod
-    def of(cls, real_BT: Tensor) -> Padding | None:
-        """None if every slot holds a token. Waits for the device."""
-        if bool(real_BT.all()):
-            return None
+    def of(cls, real_BT: Tensor) -> Padding:
+        """Waits for the device."""
         T, count_BT = real_BT.shape[1], real_BT.cumsum(-1)
         empty_B, all_B = (count_BT == 0).sum(-1), count_BT[:, -1]
         after_B = real_BT.flip(-1).cumsum(-1).eq(0).sum(-1)
@@ -52,14 +49,15 @@ class Padding:
         return torch.where(there_BS < T, there_BS, T + sink_BS - self.count_BT[:, -1:])
 
 
-def slots_of_last(count_BT: Tensor, recent: int) -> int:
-    """How many of the last slots hold the last `recent` tokens of every sequence."""
-    is_recent_BT = (count_BT > 0) & (count_BT > count_BT[:, -1:] - recent)
-    return int(is_recent_BT.sum(-1).max()) if is_recent_BT.numel() else 0
+def holes_among(count_BT: Tensor, recent: int) -> int:
+    """The most slots without a token among the last `recent` tokens of a sequence and after."""
+    all_B1 = count_BT[:, -1:]
+    is_recent_BT = (count_BT > 0) & (count_BT > all_B1 - recent)
+    return int((is_recent_BT.sum(-1) - all_B1.clamp_max(recent)[:, 0]).max())
 
 
-def real_tokens(mask: Any, batch: int, tokens: int) -> Tensor | None:
-    """Which of `tokens` slots hold tokens, from any mask that a decoder takes.  [BT]
+def new_tokens(mask: Any, batch: int, first: int, queries: int) -> Tensor | None:
+    """Which of the slots from `first` on hold tokens, from any mask that a decoder takes.  [BQ]
 
     That is [B T], what attention adds or is told [B|1 1 Q T], or such a one for every kind of
     layer, by name. None if there is no mask.
@@ -68,6 +66,7 @@ def real_tokens(mask: Any, batch: int, tokens: int) -> Tensor | None:
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor):
         return None
+    mask = mask[..., first : first + queries]
     if mask.dim() == 4:
-        mask = (mask if mask.dtype == torch.bool else mask > HIDDEN).any(2)[:, 0]
-    return F.pad(mask.bool(), (0, tokens - mask.shape[-1])).expand(batch, -1)
+        mask = visible(mask).any(2)[:, 0]
+    return F.pad(mask.bool(), (0, queries - mask.shape[-1])).expand(batch, -1)
