@@ -5,6 +5,7 @@ MatkvError
 │   └── FingerprintError    a sound artifact, but made for another model
 ├── BudgetError             a budget outside (0, 1], or one no table can hold
 ├── RankError               ranks that do not fit the model or the bases
+├── SizeError               a layer or dimension that an embedding model does not have
 ├── DataError               text that is missing, empty, too short or malformed
 ├── ModelError              a model that cannot be found or loaded
 │   └── UnsupportedModelError   loaded, but compressing it would be silently wrong
@@ -31,6 +32,10 @@ class BudgetError(MatkvError):
 
 class RankError(MatkvError):
     """Ranks do not fit the model's geometry or the bases."""
+
+
+class SizeError(MatkvError):
+    """A size of an embedding model is written wrongly, or is outside of its layers and dimensions."""
 
 
 class DataError(MatkvError):
