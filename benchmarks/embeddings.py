@@ -33,16 +33,13 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.evaluation import (
-    EmbeddingSimilarityEvaluator,
-    InformationRetrievalEvaluator,
-)
 
 from matkv.articles import default_articles
 from matkv.embeddings.config import EmbedConfig
-from matkv.embeddings.data import read_examples, read_retrieval, read_scored
+from matkv.embeddings.data import Retrieval, read_examples, read_retrieval, read_scored
 from matkv.embeddings.evaluator import rung_table
 from matkv.embeddings.load import load_embedder
+from matkv.embeddings.measure import retrieval_evaluator, similarity_evaluator
 from matkv.embeddings.rungs import Size, default_rungs, full_size, name, parse
 from matkv.embeddings.serve import truncate
 from matkv.embeddings.train import base_loss, fit, ladder_loss
@@ -67,9 +64,13 @@ class Bench:
     columns: Columns
     evaluator: BaseEvaluator
     folder: Path
+    eval_tokens: int | None
 
     def load(self, name: str | None = None) -> SentenceTransformer:
-        return load_embedder(name or self.model, device="cpu")
+        model = load_embedder(name or self.model, device="cpu")
+        if self.eval_tokens is not None:
+            model.max_seq_length = self.eval_tokens
+        return model
 
     def measured(self, model: SentenceTransformer, sizes: tuple[Size, ...]) -> Values:
         return rung_table(model, self.evaluator, sizes).values
@@ -172,11 +173,7 @@ def run(bench: Bench, arm: str, config: EmbedConfig) -> dict[str, Any]:
 
 
 def sts(triplets: Path, pairs: Path) -> tuple[Columns, BaseEvaluator]:
-    scored = read_scored(pairs)
-    evaluator = EmbeddingSimilarityEvaluator(
-        scored.first, scored.second, scored.scores, main_similarity="cosine", write_csv=False
-    )
-    return read_examples(triplets, "ranking"), evaluator
+    return read_examples(triplets, "ranking"), similarity_evaluator(read_scored(pairs))
 
 
 def retrieval(
@@ -195,7 +192,7 @@ def retrieval(
         others = random.Random(0).sample(others, max(0, documents - len(kept)))
     shown = {document: test.corpus[document] for document in sorted([*kept, *others])}
     columns = dict(zip(("anchor", "positive"), map(list, zip(*pairs, strict=True)), strict=True))
-    return columns, _ndcg(test.queries, shown, test.relevant)
+    return columns, retrieval_evaluator(replace(test, corpus=shown))
 
 
 def articles() -> tuple[Columns, BaseEvaluator]:
@@ -207,15 +204,7 @@ def articles() -> tuple[Columns, BaseEvaluator]:
     for number, (first, rest) in enumerate(_openings(default_articles("validation"))):
         queries[f"q{number}"], corpus[f"d{number}"] = first, rest
     relevant = {query: {"d" + query[1:]} for query in queries}
-    return {"anchor": anchors, "positive": positives}, _ndcg(queries, corpus, relevant)
-
-
-def _ndcg(
-    queries: dict[str, str], corpus: dict[str, str], relevant: dict[str, set[str]]
-) -> BaseEvaluator:
-    return InformationRetrievalEvaluator(
-        queries, corpus, relevant, main_score_function="cosine", write_csv=False
-    )
+    return {"anchor": anchors, "positive": positives}, retrieval_evaluator(Retrieval(corpus, queries, relevant))
 
 
 def _sentences(paragraph: str) -> list[str]:
@@ -272,6 +261,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32, help="of a text, in training")
+    parser.add_argument("--eval-tokens", type=int, help="of a text, when measured")
     parser.add_argument("--triplets", type=Path, help="to train on, with --pairs to measure")
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--corpus", type=Path, help="with --train-queries and --queries")
@@ -294,7 +284,9 @@ def main() -> None:
     full = full_size(load_embedder(args.model, device="cpu"))
     sizes = parse(args.rungs) if args.rungs else default_rungs(*full)
     folder: Path = args.out
-    bench = Bench(args.task, args.model, args.pretrained, sizes, columns, evaluator, folder)
+    bench = Bench(
+        args.task, args.model, args.pretrained, sizes, columns, evaluator, folder, args.eval_tokens
+    )
     rows = []
     for seed in args.seed or [0]:
         config = EmbedConfig(

@@ -17,6 +17,7 @@ from matkv.commands.calibrate import calibrate_command
 from matkv.commands.chat import chat_command
 from matkv.commands.demo import demo_command
 from matkv.commands.distill import distill_command
+from matkv.commands.embed import embed_app
 from matkv.commands.evaluate import evaluate_command
 from matkv.commands.generate import generate_command
 from matkv.commands.inspect import inspect_command
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(embed_app, name="embed")
 app.command("lm-eval", context_settings=PASSED_ON)(lm_eval_command)
 
 

@@ -19,7 +19,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(ScheduleName),
     "distill_over": get_args(Over),
 }
-POSITIVE = ("steps", "batch_size", "lr", "max_tokens", "save_every", "log_every", "grain")
+POSITIVE = (
+    *("steps", "batch_size", "lr", "max_tokens", "save_every", "log_every"),
+    *("grain", "full_weight"),
+)
 NOT_NEGATIVE = ("random", "distill", "max_grad_norm", "seed")
 
 
@@ -34,7 +37,7 @@ class EmbedConfig:
     `loss` is "ranking" (MultipleNegativesRankingLoss, scale 20) on anchors with positives, and
     negatives where there are some, or "cosent" (CoSENTLoss) on scored pairs. With `distill` above 0
     the full size teaches the smaller ones, over the `distill_over` "candidates" of a batch or
-    "coordinates".
+    "coordinates"; in the mean over sizes it counts `full_weight` times.
 
     `steps` of `batch_size` examples, texts cut to `max_tokens`, AdamW with `lr` after a share
     `warmup` of the steps and from there linearly to zero, gradients clipped to `max_grad_norm`.
@@ -51,6 +54,7 @@ class EmbedConfig:
     loss: LossName = "ranking"
     distill: float = 0.0
     distill_over: Over = "candidates"
+    full_weight: float = 1.0
 
     steps: int = 200
     batch_size: int = 64
@@ -136,7 +140,8 @@ def _check_type(option: str, wanted: str, value: Any) -> None:
         kinds = (int,)
     elif wanted.startswith("float"):
         kinds = (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    nothing = value is None and wanted.endswith("None")
+    if not nothing and (not isinstance(value, kinds) or isinstance(value, bool)):
         raise TrainingError(f"{option} {value!r} must be {wanted}")
 
 

@@ -48,10 +48,11 @@ MATRIX: dict[Similarity, Similarity] = {
 class LadderLoss(nn.Module):
     """The mean of `loss` over the sizes that `schedule` draws, from one forward pass a column.
 
-    L = 1/k Σ_(n,d) [ l(u(n,d)) + w KL(n,d) ],    u(n,d) = embedding after layer n, first d dimensions
+    L = Σ_(n,d) a(n,d) [ l(u(n,d)) + w KL(n,d) ],    u(n,d) = embedding after layer n, first d dimensions
 
-    over the k sizes drawn; u(n,d) is exactly what `truncate(model, n, d)` serves, a final norm
-    included. `distill` is w; the full size teaches, without a gradient, all the others drawn:
+    over the sizes drawn; u(n,d) is exactly what `truncate(model, n, d)` serves, a final norm
+    included. The a(n,d) are equal and sum to 1; the full size may count `full_weight` times as much
+    as another. `distill` is w; the full size teaches, without a gradient, all the others drawn:
 
         over candidates     KL( softmax s(full) || softmax s(n,d) ), s the base loss's own scaled
                             similarities of a text to all candidates of its batch (section 3.2,
@@ -78,6 +79,7 @@ class LadderLoss(nn.Module):
         *,
         distill: float = 0.0,
         distill_over: Over = "candidates",
+        full_weight: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -86,11 +88,12 @@ class LadderLoss(nn.Module):
         self.full: Size = (self.backbone.layers, dimensions(model))
         _check_schedule(schedule, self.full)
         self.model, self.loss, self.schedule = model, loss, schedule
-        self.distill, self.distill_over, self.seed = distill, distill_over, seed
+        self.distill, self.distill_over = distill, distill_over
+        self.full_weight, self.seed = full_weight, seed
         self.step = 0
         # The Trainer may wrap `model`; its modules and its config stay these.
         self._bare = (model,)
-        self._check_distillation()
+        self._check_weights()
 
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None
@@ -102,15 +105,23 @@ class LadderLoss(nn.Module):
                 record(self._bare[0], covered(self.schedule), self.full)
             self.step += 1
         columns, plain = self._embed(list(sentence_features), list(drawn))
-        total = sum(drawn.values())
+        shares = self._shares(drawn)
         parts = {
-            name(size): self._base(embeddings, labels) * (drawn[size] / total)
+            name(size): self._base(embeddings, labels) * shares[size]
             for size, embeddings in columns.items()
         }
         if self.distill:
             states = columns if self.distill_over == "candidates" else plain
-            parts["distill"] = self.distill * self._divergence(states, drawn)
+            parts["distill"] = self.distill * self._divergence(states, shares)
         return parts
+
+    def _shares(self, drawn: Counter[Size]) -> dict[Size, float]:
+        """What part of the loss each size is: as often as it was drawn, the full one weighted."""
+        weights = {
+            size: count * (self.full_weight if size == self.full else 1.0)
+            for size, count in drawn.items()
+        }
+        return {size: weight / sum(weights.values()) for size, weight in weights.items()}
 
     def draw(self, step: int) -> Counter[Size]:
         """The sizes of a step, and how often each was drawn."""
@@ -149,8 +160,8 @@ class LadderLoss(nn.Module):
         assert isinstance(value, Tensor)
         return value
 
-    def _divergence(self, states: dict[Size, list[Tensor]], drawn: Counter[Size]) -> Tensor:
-        """The mean over the sizes drawn of the divergence from the full size, which has none."""
+    def _divergence(self, states: dict[Size, list[Tensor]], shares: dict[Size, float]) -> Tensor:
+        """The divergences of the smaller sizes from the full one, each by its part of the loss."""
         if self.full not in states:
             raise TrainingError(_untaught(self.full))
         total = states[self.full][0].new_zeros(())
@@ -163,8 +174,8 @@ class LadderLoss(nn.Module):
                 whole = [v_BD[:, : size[1]] for v_BD in states[self.full]]
                 pairs = list(zip(whole, columns, strict=True))
             for teacher_BM, student_BM in pairs:
-                total = total + drawn[size] * _kl(teacher_BM, student_BM) / len(pairs)
-        return total / sum(drawn.values())
+                total = total + shares[size] * _kl(teacher_BM, student_BM) / len(pairs)
+        return total
 
     def _scores(self, columns: list[Tensor]) -> Tensor:
         """Similarities of first texts to all other texts of the batch, as the base loss has them."""
@@ -175,7 +186,9 @@ class LadderLoss(nn.Module):
         scores_BM = MATRIX.get(compare, compare)(columns[0], candidates_MD)
         return scores_BM * float(getattr(self.loss, "scale"))
 
-    def _check_distillation(self) -> None:
+    def _check_weights(self) -> None:
+        if not self.full_weight > 0:
+            raise TrainingError(f"full_weight {self.full_weight} must be above 0")
         if not self.distill >= 0:
             raise TrainingError(f"distill {self.distill} must be 0 or more")
         if self.distill_over not in get_args(Over):
@@ -199,6 +212,7 @@ class LadderLoss(nn.Module):
             "schedule": self.schedule.to_json(),
             "distill": self.distill,
             "distill_over": self.distill_over,
+            "full_weight": self.full_weight,
             "seed": self.seed,
         }
 

@@ -82,6 +82,7 @@ def ladder_loss(model: SentenceTransformer, config: EmbedConfig) -> LadderLoss:
         config.make_schedule(full_size(model)),
         distill=config.distill,
         distill_over=config.distill_over,
+        full_weight=config.full_weight,
         seed=config.seed,
     )
 
@@ -94,12 +95,13 @@ def fit(
     checkpoints: Path,
     *,
     resume: bool = False,
+    on_start: Callable[[], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
     """Train `model` with `loss` until its steps are done or Ctrl-C asks to stop.
 
     The folder `checkpoints` has what a later call with `resume` goes on from; without it, what an
-    earlier training left there is removed.
+    earlier training left there is removed. `on_start` is called once that is done.
 
     Raises:
         TrainingError: there are fewer examples than a batch, there is no checkpoint to resume, or
@@ -109,6 +111,8 @@ def fit(
     if examples < config.batch_size:
         raise TrainingError(f"{examples} examples are less than a batch of {config.batch_size}")
     checkpoint = _checkpoint(checkpoints, resume)
+    if on_start is not None:
+        on_start()
     with own_randomness(config.seed), _cut_texts(model, config.max_tokens), Interrupt() as stop:
         trainer = SentenceTransformerTrainer(
             model=model,

@@ -1,0 +1,63 @@
+"""Evaluators of sentence-transformers for what the commands read, and rows of what they find."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+)
+from sentence_transformers.util import cos_sim
+from torch import Tensor
+
+from matkv.embeddings.data import Retrieval, Scored
+from matkv.embeddings.layers import as_array
+
+# Rows of RUN/results/sizes.json; what makes one of them that one.
+KIND = "sizes"
+KEYS = ("model", "data", "data_digest", "metric", "layer", "dim")
+
+
+def similarity_evaluator(pairs: Scored, batch_size: int = 32) -> BaseEvaluator:
+    """Spearman's correlation of the cosine with the scores."""
+    return EmbeddingSimilarityEvaluator(
+        pairs.first,
+        pairs.second,
+        pairs.scores,
+        batch_size=batch_size,
+        main_similarity="cosine",
+        write_csv=False,
+    )
+
+
+def retrieval_evaluator(data: Retrieval, batch_size: int = 32) -> BaseEvaluator:
+    """nDCG@10 of the documents that are closest by cosine to each query."""
+    cosine: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cos_sim}
+    return InformationRetrievalEvaluator(
+        dict(data.queries),
+        dict(data.corpus),
+        dict(data.relevant),
+        batch_size=batch_size,
+        score_functions=cosine,
+        main_score_function="cosine",
+        write_csv=False,
+    )
+
+
+def model_digest(model: SentenceTransformer) -> str:
+    """A short name of the weights: equal only where these are bit-equal."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(as_array(tensor).tobytes())
+    return total.hexdigest()[:12]
+
+
+def data_digest(*parts: Any) -> str:
+    """A short name of what was measured with."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
