@@ -37,7 +37,7 @@ rungs = parse(args.rungs) if args.rungs else default_rungs(*full_size(embedder))
 set_seed(args.seed)
 autoencoder = RungMaskedAutoencoder(masked_lm(embedder, seed=args.seed), rungs)
 
-# 2. Paragraphs, and masks of whole words: 20% for the encoder, 40% with the same ones for the decoder.
+# 2. Paragraphs, and masks of whole words: 20% for the encoder, 40% for the decoder, nested.
 paragraphs = [
     paragraph
     for text in data.read_texts(args.text, "train")

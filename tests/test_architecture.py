@@ -21,7 +21,7 @@ files schedule settings
 ranks data models
 bases
 artifact latents
-attention report
+attention report embeddings
 cache
 hf
 calibrate distill allocate evaluate benchmark plan

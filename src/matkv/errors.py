@@ -35,7 +35,7 @@ class RankError(MatkvError):
 
 
 class SizeError(MatkvError):
-    """A size of an embedding model is written wrongly, or is outside of its layers and dimensions."""
+    """A size of an embedding model is written wrongly, or the model has no such size."""
 
 
 class DataError(MatkvError):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, MORE, TEXTS, build
 from torch import Tensor, nn
 
 from matkv.embeddings import encode_rungs, truncate
 from matkv.embeddings.depth import apply_cut, backbone_of, cut, evaluating, recording
 from matkv.errors import MatkvError, UnsupportedModelError
+from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, MORE, TEXTS, build
 
 PRE_NORM = {"modernbert", "qwen3", "gemma3", "t5", "llama"}
 

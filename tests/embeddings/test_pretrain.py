@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tiny_embedders import HIDDEN, LAYERS, TEXTS, build
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertForMaskedLM
@@ -25,6 +24,7 @@ from matkv.embeddings.pretrain import (
     masked_lm,
 )
 from matkv.errors import SizeError, TrainingError, UnsupportedModelError
+from tiny_embedders import HIDDEN, LAYERS, TEXTS, build
 
 RUNGS = ((1, 8), (2, 16), (LAYERS, HIDDEN))
 EXAMPLES = [{"text": text} for text in TEXTS]
@@ -49,7 +49,9 @@ def test_masks_are_nested_and_of_whole_words() -> None:
             read = tokenizer(text)
             for masked_BT, share in ((fewer_BT, 0.3), (more_BT, 0.7)):
                 hit = {
-                    word: {bool(masked_BT[row, p]) for p, w in enumerate(read.word_ids()) if w == word}
+                    word: {
+                        bool(masked_BT[row, p]) for p, w in enumerate(read.word_ids()) if w == word
+                    }
                     for word in range(len(words))
                 }
                 assert all(len(found) == 1 for found in hit.values())
@@ -62,7 +64,9 @@ def test_masks_are_nested_and_of_whole_words() -> None:
 
 def test_masks_depend_on_the_seed_alone() -> None:
     first, again, other = masks(seed=1), masks(seed=1), masks(seed=2)
-    batches = [[make(EXAMPLES)["decoder_labels"] for _ in range(3)] for make in (first, again, other)]
+    batches = [
+        [make(EXAMPLES)["decoder_labels"] for _ in range(3)] for make in (first, again, other)
+    ]
     assert all(map(torch.equal, batches[0], batches[1]))
     assert not all(map(torch.equal, batches[0], batches[2]))
     assert not torch.equal(batches[0][0], batches[0][1])
@@ -169,8 +173,9 @@ def test_other_models_are_refused() -> None:
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("bert").save_pretrained(str(tmp_path / "model"))
-    (tmp_path / "a.txt").write_text("\n\n".join(f"{' '.join(TEXTS)} and more of it, number {'i' * n}"
-                                               for n in range(8)))
+    (tmp_path / "a.txt").write_text(
+        "\n\n".join(f"{' '.join(TEXTS)} and more of it, number {'i' * n}" for n in range(8))
+    )
     root = Path(__file__).parents[2]
     arguments = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "a.txt")]
     arguments += ["--steps", "2", "--batch-size", "2", "--out", str(tmp_path / "out")]

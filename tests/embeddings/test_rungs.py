@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tiny_embedders import HIDDEN, LAYERS, build
 
 from matkv.embeddings import default_rungs, ladder, parse
 from matkv.embeddings.rungs import check, covered, size_axes
 from matkv.errors import SizeError, TrainingError, UnsupportedModelError
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich
+from tiny_embedders import HIDDEN, LAYERS, build
 
 
 def test_sizes_are_read_from_text_and_sorted() -> None:

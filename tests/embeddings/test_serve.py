@@ -12,11 +12,11 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, TEXTS, build
 
 from matkv.embeddings import encode_rungs, truncate, truncated
 from matkv.embeddings.serve import record, trained_sizes
 from matkv.errors import SizeError
+from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, TEXTS, build
 
 SIZES = ((1, 8), (2, 12), (LAYERS, 16), (3, HIDDEN), (LAYERS, HIDDEN))
 

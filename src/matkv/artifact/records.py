@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shlex
 import sys
@@ -27,6 +28,15 @@ def made(**settings: Any) -> Record:
         | {"python": platform.python_version()},
         **settings,
     }
+
+
+def weights_digest(model: Path) -> str:
+    """A short name of the weights in a model's directory: equal only where these are bit-equal."""
+    total = hashlib.sha256()
+    for path in sorted(model.rglob("*.safetensors")):
+        total.update(path.relative_to(model).as_posix().encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:12]
 
 
 def command_line() -> str:

@@ -6,18 +6,22 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from matkv import console
-from matkv.errors import DataError
-from matkv.options import DeviceOpt, JsonOpt, TrustOpt
-from matkv.results import made, save_rows
+from matkv.artifact.records import made, weights_digest
+from matkv.artifact.results import save_rows
+from matkv.commands import console
+from matkv.commands.options import DeviceOpt, JsonOpt, TrustOpt
+from matkv.errors import DataError, MatkvError
+from matkv.files import replacing
 
 if TYPE_CHECKING:  # the extra is imported when a command runs, so that --help needs none
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.evaluation import BaseEvaluator
 
     from matkv.embeddings import RungTable, Size
@@ -46,7 +50,7 @@ def train_command(
     data: Annotated[
         Path,
         typer.Option(
-            help=".jsonl of anchor, positive and perhaps negative; or of sentence1, sentence2, score"
+            help=".jsonl of anchor, positive and perhaps negative, or sentence1, sentence2, score"
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="directory of the model to write")],
@@ -74,7 +78,6 @@ def train_command(
     """Train a model for a ladder of sizes, all of them at once."""
     from matkv.embeddings.config import EmbedConfig
     from matkv.embeddings.data import read_examples
-    from matkv.embeddings.load import load_embedder
     from matkv.embeddings.measure import data_digest
     from matkv.embeddings.run import check_out, check_same, save_model, start_checkpoints
     from matkv.embeddings.serve import trained_sizes
@@ -91,8 +94,7 @@ def train_command(
     checkpoints = out.with_name(f".{out.name}.checkpoints")
     if resume:
         check_same(checkpoints, about)
-    with console.err.status(f"loading {model_name}"):
-        model = load_embedder(model_name, device=device, trust_remote_code=trust_remote_code)
+    model = _load(model_name, device, trust_remote_code)
     objective = ladder_loss(model, config)
     with _training() as update:
         start = None if resume else lambda: start_checkpoints(checkpoints, about)
@@ -108,9 +110,7 @@ def train_command(
         "data": data.name,
         "config": config.to_json(),
         "rungs": [list(size) for size in trained_sizes(model)],
-        "steps": done.steps,
-        "seconds": round(done.seconds, 1),
-        "curve": done.curve,
+        **asdict(done),
         "made": made(),
     }
     save_model(model, out, entry)
@@ -146,18 +146,17 @@ def evaluate_command(
 ) -> None:
     """Measure every size of a model, from one encode of each text."""
     from matkv.embeddings import parse, rung_table
-    from matkv.embeddings.load import load_embedder
-    from matkv.embeddings.measure import KEYS, KIND, model_digest
+    from matkv.embeddings.measure import KEYS, KIND
     from matkv.embeddings.run import read_made
     from matkv.embeddings.serve import trained_sizes, warn_untrained
 
     sizes: tuple[Size, ...] | None = None if rungs is None else parse(rungs)
     measures = _measures(pairs or [], corpus, queries, batch_size)
-    with console.err.status(f"loading {model_name}"):
-        model = load_embedder(model_name, device=device, trust_remote_code=trust_remote_code)
+    model = _load(model_name, device, trust_remote_code)
     if sizes is not None and trained_sizes(model):
         warn_untrained(model, sizes)
-    weights, rows = model_digest(model), []
+    weights = weights_digest(Path(model_name)) if Path(model_name).is_dir() else model_name
+    rows: list[dict[str, Any]] = []
     tables: dict[str, RungTable] = {}
     for about, evaluator in measures:
         with console.err.status(f"measuring with {about['data']}"):
@@ -187,7 +186,6 @@ def truncate_command(
 ) -> None:
     """Write one size of a model as an ordinary, smaller model that loads and serves anywhere."""
     from matkv.embeddings import parse, truncate
-    from matkv.embeddings.load import load_embedder
     from matkv.embeddings.run import check_out, save_model
     from matkv.errors import SizeError
 
@@ -195,8 +193,7 @@ def truncate_command(
     if len(sizes) > 1:
         raise SizeError(f"{size!r} is {len(sizes)} sizes: a model is written for one")
     check_out(out)
-    with console.err.status(f"loading {model_name}"):
-        model = load_embedder(model_name, device=device, trust_remote_code=trust_remote_code)
+    model = _load(model_name, device, trust_remote_code)
     small = truncate(model, *sizes[0])
     save_model(small, out, None)
     before, after = (sum(p.numel() for p in one.parameters()) for one in (model, small))
@@ -214,6 +211,14 @@ def truncate_command(
         )
     else:
         console.out.print(f"wrote {out}: {after:,} of {before:,} parameters")
+
+
+def _load(name: str, device: str | None, trust_remote_code: bool) -> SentenceTransformer:
+    """The model of a command, with a note while it loads."""
+    from matkv.embeddings.load import load_embedder
+
+    with console.err.status(f"loading {name}"):
+        return load_embedder(name, device=device, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -257,6 +262,26 @@ def _measures(
         about = {"data": queries.name, "data_digest": digest, "n": len(data.queries)}
         found.append((about, retrieval_evaluator(data, batch_size)))
     return found
+
+
+def _save_picture(tables: dict[str, RungTable], path: Path) -> None:
+    """Draw the tables as heat maps, one below the other, as PNG.
+
+    Raises:
+        MatkvError: matplotlib is not installed, or `path` cannot be written.
+    """
+    from matkv.report.pictures.sizes import SizeMap, size_maps
+
+    shown = [
+        SizeMap(title=f"{data}: {table.metric}", values=table.values, marked=table.trained)
+        for data, table in tables.items()
+    ]
+    drawn = size_maps("sizes", shown, text="What every size scores.")
+    try:
+        with replacing(path) as new:
+            new.write_bytes(drawn.png)
+    except OSError as error:
+        raise MatkvError(f"cannot write {path}: {error}") from error
 
 
 def _shown(data: str, table: RungTable) -> Table:

@@ -1,7 +1,7 @@
 """Embedding models of many sizes: the first layers and first dimensions are good smaller models.
 
-A ladder of sizes (layer, dimension) is trained at once (Starbucks, arXiv 2410.13230) around any loss
-of sentence-transformers, by its own Trainer; every size is then served as an ordinary model.
+A ladder of sizes (layer, dimension) is trained at once (Starbucks, arXiv 2410.13230), around any
+loss of sentence-transformers and by its Trainer; every size is then served as an ordinary model.
 
     rungs      sizes as text, and schedules over them
     depth      where a backbone keeps its layers, and how it is cut

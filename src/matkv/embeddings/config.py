@@ -143,5 +143,3 @@ def _check_type(option: str, wanted: str, value: Any) -> None:
     nothing = value is None and wanted.endswith("None")
     if not nothing and (not isinstance(value, kinds) or isinstance(value, bool)):
         raise TrainingError(f"{option} {value!r} must be {wanted}")
-
-

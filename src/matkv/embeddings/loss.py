@@ -48,11 +48,12 @@ MATRIX: dict[Similarity, Similarity] = {
 class LadderLoss(nn.Module):
     """The mean of `loss` over the sizes that `schedule` draws, from one forward pass a column.
 
-    L = Σ_(n,d) a(n,d) [ l(u(n,d)) + w KL(n,d) ],    u(n,d) = embedding after layer n, first d dimensions
+    L = Σ_(n,d) a(n,d) [ l(u(n,d)) + w KL(n,d) ]
 
-    over the sizes drawn; u(n,d) is exactly what `truncate(model, n, d)` serves, a final norm
-    included. The a(n,d) are equal and sum to 1; the full size may count `full_weight` times as much
-    as another. `distill` is w; the full size teaches, without a gradient, all the others drawn:
+    over the sizes drawn; u(n,d), the first d dimensions after layer n, is exactly what
+    `truncate(model, n, d)` serves, a final norm included. The a(n,d) are equal and sum to 1; the
+    full size may count `full_weight` times as much as another. `distill` is w; the full size
+    teaches, without a gradient, all the others drawn:
 
         over candidates     KL( softmax s(full) || softmax s(n,d) ), s the base loss's own scaled
                             similarities of a text to all candidates of its batch (section 3.2,
@@ -178,13 +179,13 @@ class LadderLoss(nn.Module):
         return total
 
     def _scores(self, columns: list[Tensor]) -> Tensor:
-        """Similarities of first texts to all other texts of the batch, as the base loss has them."""
+        """Similarities of first texts to all others of the batch, as the base loss has them."""
         if len(columns) < 2:
             raise TrainingError("distill over candidates needs at least two texts an example")
-        compare: Similarity = getattr(self.loss, "similarity_fct")
+        compare: Similarity = self.loss.similarity_fct
         candidates_MD = torch.cat(columns[1:])
         scores_BM = MATRIX.get(compare, compare)(columns[0], candidates_MD)
-        return scores_BM * float(getattr(self.loss, "scale"))
+        return scores_BM * float(self.loss.scale)
 
     def _check_weights(self) -> None:
         if not self.full_weight > 0:
@@ -240,7 +241,9 @@ def _check_loss(loss: nn.Module, model: SentenceTransformer) -> None:
             "MultipleNegativesRankingLoss, CoSENTLoss or another loss that has it"
         )
     if getattr(loss, "model", model) is not model:
-        raise TrainingError(f"{type(loss).__name__} was made for another model: make it for this one")
+        raise TrainingError(
+            f"{type(loss).__name__} was made for another model: make it for this one"
+        )
 
 
 def _check_schedule(schedule: Schedule, full: Size) -> None:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
@@ -16,7 +15,6 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from matkv.embeddings.data import Retrieval, Scored
-from matkv.embeddings.layers import as_array
 
 # Rows of RUN/results/sizes.json; what makes one of them that one.
 KIND = "sizes"
@@ -47,15 +45,6 @@ def retrieval_evaluator(data: Retrieval, batch_size: int = 32) -> BaseEvaluator:
         main_score_function="cosine",
         write_csv=False,
     )
-
-
-def model_digest(model: SentenceTransformer) -> str:
-    """A short name of the weights: equal only where these are bit-equal."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(as_array(tensor).tobytes())
-    return total.hexdigest()[:12]
 
 
 def data_digest(*parts: Any) -> str:

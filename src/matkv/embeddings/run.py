@@ -1,8 +1,8 @@
 """A trained model on disk: a directory of sentence-transformers, and how it was made.
 
-    modules.json, config.json, model.safetensors, …    as any model; it loads without matkv
-    matkv.json                                         base model, settings, data, losses
-    results/sizes.json                                 what was measured of it
+modules.json, config.json, model.safetensors, …    as any model; it loads without matkv
+matkv.json                                         base model, settings, data, losses
+results/sizes.json                                 what was measured of it
 """
 
 from __future__ import annotations

@@ -92,7 +92,9 @@ def default_rungs(layers: int, dim: int, count: int = 6) -> tuple[Size, ...]:
         SizeError: a number is below 1.
     """
     if min(layers, dim, count) < 1:
-        raise SizeError(f"{count} rungs of {layers} layers and {dim} dimensions: all must be above 0")
+        raise SizeError(
+            f"{count} rungs of {layers} layers and {dim} dimensions: all must be above 0"
+        )
     rungs = []
     for rung in range(1, count + 1):
         wanted = dim * _share((rung - 1) / max(1, count - 1) if count > 1 else 1.0)

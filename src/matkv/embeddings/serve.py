@@ -56,7 +56,10 @@ def truncated(model: SentenceTransformer, layer: int, dim: int | None = None) ->
     """
     backbone, full_dim = backbone_of(model), dimensions(model)
     check([(layer, full_dim if dim is None else dim)], (backbone.layers, full_dim))
-    with cut(backbone, layer), model.truncate_embeddings(model.truncate_dim if dim is None else dim):
+    with (
+        cut(backbone, layer),
+        model.truncate_embeddings(model.truncate_dim if dim is None else dim),
+    ):
         yield
 
 
@@ -76,7 +79,7 @@ def trained_sizes(model: SentenceTransformer) -> tuple[Size, ...]:
 
 
 def warn_untrained(model: SentenceTransformer, sizes: Sequence[Size]) -> None:
-    """Log a warning that names those of `sizes` that were never trained; the full size always was."""
+    """Log a warning that names those of `sizes`, the full one excepted, that were never trained."""
     trained = trained_sizes(model)
     missing = [name(size) for size in sizes if size not in {*trained, full_size(model)}]
     if missing:

@@ -1,6 +1,6 @@
-"""Training, by the Trainer of sentence-transformers: sampling, checkpoints, resume and logs its own.
+"""Training by the Trainer of sentence-transformers; batches, checkpoints and logs are its own.
 
-`matkv embed train` and the comparisons of benchmarks/embeddings.py run through `fit`.
+`matkv embed train` and the comparisons of benchmarks/embedding_arms.py run through `fit`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from matkv.embeddings.config import EmbedConfig
 from matkv.embeddings.loss import LadderLoss
 from matkv.embeddings.rungs import full_size
 from matkv.errors import TrainingError
-
 from matkv.progress import Interrupt
 
 
@@ -51,7 +50,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training did; `curve` is the loss, part by part, every `log_every` steps."""
+    """What a training did; `curve` is the loss, part by part, every `log_every` steps.
+
+    Steps and seconds count from the start, whether or not it was resumed.
+    """
 
     steps: int
     seconds: float
@@ -59,6 +61,7 @@ class Trained:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
+SECONDS = "seconds.txt"  # in a checkpoint
 OnStep = Callable[[Step], None]
 
 
@@ -120,14 +123,14 @@ def fit(
             train_dataset=Dataset.from_dict(columns),
             loss=loss,
         )
-        watch = _Watch(loss, stop, on_step)
+        watch = _Watch(loss, stop, on_step, _seconds_of(checkpoint))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     return Trained(
         steps=trainer.state.global_step,
-        seconds=time.perf_counter() - watch.started,
+        seconds=round(watch.seconds, 1),
         interrupted=trainer.state.global_step < config.steps,
         curve=[_parts(entry) for entry in trainer.state.log_history if "loss" in entry],
     )
@@ -156,6 +159,13 @@ def _arguments(
         use_cpu=model.device.type == "cpu",
         dataloader_drop_last=True,
     )
+
+
+def _seconds_of(checkpoint: str | None) -> float:
+    """How long the training took that left a checkpoint."""
+    if checkpoint is None:
+        return 0.0
+    return float((Path(checkpoint) / SECONDS).read_text(encoding="utf-8"))
 
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
@@ -202,15 +212,26 @@ def _parts(entry: dict[str, Any]) -> dict[str, float]:
 class _Watch(TrainerCallback):
     """Reports steps, ends the run on request, and takes a resumed loss to its step."""
 
-    def __init__(self, loss: nn.Module, stop: Interrupt, on_step: OnStep | None) -> None:
-        self.loss, self.stop, self.on_step = loss, stop, on_step
+    def __init__(
+        self, loss: nn.Module, stop: Interrupt, on_step: OnStep | None, before: float
+    ) -> None:
+        self.loss, self.stop, self.on_step, self.before = loss, stop, on_step, before
         self.started, self.first = time.perf_counter(), 0
         self.latest: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """From the start, earlier parts of a resumed training counted in."""
+        return self.before + time.perf_counter() - self.started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started, self.first = time.perf_counter(), state.global_step
         if isinstance(self.loss, LadderLoss):
             self.loss.step = state.global_step
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (checkpoint / SECONDS).write_text(str(self.seconds), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         logs = given.get("logs") or {}
@@ -235,7 +256,7 @@ class _Watch(TrainerCallback):
                 steps=state.max_steps,
                 loss=parts.pop("loss", float("nan")),
                 parts=parts,
-                seconds=seconds,
+                seconds=self.seconds,
                 seconds_left=seconds / done * (state.max_steps - state.global_step),
             )
         )

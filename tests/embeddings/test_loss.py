@@ -13,7 +13,6 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses, modules
-from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, TEXTS, build, features
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from matkv.embeddings.rungs import size_axes
 from matkv.embeddings.serve import trained_sizes
 from matkv.errors import SizeError, TrainingError, UnsupportedModelError
 from matkv.schedule import Axis, Cycle, Independent, Ladder, Sandwich, Schedule
+from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, TEXTS, build, features
 
 FULL = (LAYERS, HIDDEN)
 RUNGS = ((1, 8), (2, 16), FULL)
@@ -225,9 +225,7 @@ def test_candidates_are_distilled_as_the_formula_says() -> None:
 def test_coordinates_are_distilled_as_the_formula_says() -> None:
     model = build("bert", modules.Normalize())
     bare = SentenceTransformer(modules=list(model)[:2], device="cpu")  # not normalized
-    loss = LadderLoss(
-        model, Keeps(), ladder(model, RUNGS), distill=0.3, distill_over="coordinates"
-    )
+    loss = LadderLoss(model, Keeps(), ladder(model, RUNGS), distill=0.3, distill_over="coordinates")
     parts = loss(features(model, *TRIPLETS), None)
     whole = _columns(bare, FULL)
     total = torch.zeros(())
@@ -250,7 +248,12 @@ def test_the_teacher_gets_no_gradient(over: Any) -> None:
     loss = LadderLoss(model, base, ladder(model, RUNGS), distill=1.0, distill_over=over)
     loss(features(model, *TRIPLETS), None)["distill"].backward()
     layers = model[0].model.encoder.layer
-    assert [any(_moved(p) for p in one.parameters()) for one in layers] == [True, True, False, False]
+    assert [any(_moved(p) for p in one.parameters()) for one in layers] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_scored_pairs_are_distilled_over_all_seconds_of_the_batch() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from tiny_embedders import TEXTS, build
 
-from matkv import cli
 from matkv.embeddings import rung_table
 from matkv.embeddings.data import read_scored
 from matkv.embeddings.measure import similarity_evaluator
+from program import Ended, Program
+from tiny_embedders import TEXTS, build
 
 RUNGS = "1x8,2x16,4x32"
 WORDS = [f"{a} {b}" for a in TEXTS for b in ("today", "at night", "again", "in may")]
-Call = Callable[..., tuple[int, str, str]]
+Call = Callable[..., Ended]
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -45,22 +44,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(
-    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
+def call(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`matkv embed` in the directory."""
     monkeypatch.chdir(desk)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["matkv", "embed", *arguments])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        found = capsys.readouterr()
-        return code, found.out, found.err
-
-    return run
+    program = Program(capsys)
+    return lambda *arguments: program("embed", *arguments)
 
 
 TRAIN = ("train", "model", "--data", "train.jsonl", "--rungs", RUNGS, "--batch-size", "4")
@@ -69,8 +57,8 @@ TRAIN = ("train", "model", "--data", "train.jsonl", "--rungs", RUNGS, "--batch-s
 @pytest.fixture
 def run(desk: Path, call: Call) -> Path:
     if not (desk / "run").exists():
-        code, _, err = call(*TRAIN, "-o", "run", "--steps", "3")
-        assert code == 0, err
+        ended = call(*TRAIN, "-o", "run", "--steps", "3")
+        assert ended.code == 0, ended.err
     return desk / "run"
 
 
@@ -87,21 +75,17 @@ def test_train_writes_a_model_and_how_it_was_made(run: Path, desk: Path) -> None
 
 def test_train_as_json_from_a_recipe(desk: Path, call: Call) -> None:
     (desk / "a.toml").write_text(f'rungs = "{RUNGS}"\nsteps = 9\nbatch_size = 4\nlog_every = 1\n')
-    code, out, err = call(
+    found = call(
         "train", "model", "--data", "train.jsonl", "-o", "other", "--config", "a.toml",
         "--steps", "2", "--distill", "1", "--json",
-    )  # fmt: skip
-    assert code == 0, err
-    found = json.loads(out)
+    ).json()  # fmt: skip
     assert found["steps"] == 2
     assert {"1x8", "2x16", "4x32", "distill", "loss"} <= set(found["curve"][0])
 
 
 def test_evaluate_measures_the_sizes_that_were_trained(run: Path, call: Call) -> None:
     data = ["--pairs", "pairs.jsonl", "--corpus", "corpus.jsonl", "--queries", "queries.jsonl"]
-    code, out, err = call("evaluate", "run", *data, "--json")
-    assert code == 0, err
-    rows = json.loads(out)["rows"]
+    rows = call("evaluate", "run", *data, "--json").json()["rows"]
     assert [(row["layer"], row["dim"]) for row in rows] == [(1, 8), (2, 16), (4, 32)] * 2
     assert all(row["trained"] for row in rows)
     assert {row["metric"] for row in rows} == {"spearman_cosine", "cosine_ndcg@10"}
@@ -117,33 +101,29 @@ def test_evaluate_measures_the_sizes_that_were_trained(run: Path, call: Call) ->
 
 def test_evaluate_shows_a_grid_and_draws_it(run: Path, desk: Path, call: Call) -> None:
     arguments = ("evaluate", "run", "--pairs", "pairs.jsonl", "--grid")
-    code, out, err = call(*arguments, "--picture", "grid.png")
-    assert code == 0, err
-    assert "spearman_cosine" in out
-    assert all(f" {layer} " in out for layer in (1, 2, 3, 4))
+    ended = call(*arguments, "--picture", "grid.png")
+    assert ended.code == 0, ended.err
+    assert "spearman_cosine" in ended.out
+    assert all(f" {layer} " in ended.out for layer in (1, 2, 3, 4))
     assert (desk / "grid.png").read_bytes().startswith(b"\x89PNG")
-    code, out, _ = call(*arguments, "--json")
-    assert len(json.loads(out)["rows"]) == 12
+    assert len(call(*arguments, "--json").json()["rows"]) == 12
 
 
 def test_evaluate_leaves_other_directories_alone(desk: Path, call: Call) -> None:
-    code, out, err = call("evaluate", "model", "--pairs", "pairs.jsonl", "--rungs", "2x8")
-    assert code == 0, err
+    ended = call("evaluate", "model", "--pairs", "pairs.jsonl", "--rungs", "2x8")
+    assert ended.code == 0, ended.err
     assert not (desk / "model" / "results").exists()
 
 
 def test_sizes_that_were_never_trained_warn(
     run: Path, call: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
-    code, _, _ = call("evaluate", "run", "--pairs", "pairs.jsonl", "--rungs", "3x8,4x32")
-    assert code == 0
+    assert call("evaluate", "run", "--pairs", "pairs.jsonl", "--rungs", "3x8,4x32").code == 0
     assert "size 3x8 was never trained (trained: 1x8, 2x16, 4x32)" in caplog.text
 
 
 def test_truncate_writes_an_ordinary_model(run: Path, desk: Path, call: Call) -> None:
-    code, out, err = call("truncate", "run", "2x16", "-o", "small", "--json")
-    assert code == 0, err
-    found = json.loads(out)
+    found = call("truncate", "run", "2x16", "-o", "small", "--json").json()
     assert (found["layers"], found["dim"]) == (2, 16)
     assert found["rungs"] == [[1, 8], [2, 16]]
     small = SentenceTransformer(str(desk / "small"), device="cpu")
@@ -152,9 +132,8 @@ def test_truncate_writes_an_ordinary_model(run: Path, desk: Path, call: Call) ->
     )
     assert np.array_equal(small.encode(TEXTS), whole.encode(TEXTS))
     assert found["parameters"] == sum(p.numel() for p in small.parameters())
-    code, out, _ = call("evaluate", "small", "--pairs", "pairs.jsonl")
-    assert code == 0
-    assert "16" in out
+    rows = call("evaluate", "small", "--pairs", "pairs.jsonl", "--json").json()["rows"]
+    assert [(row["layer"], row["dim"]) for row in rows] == [(1, 8), (2, 16)]
 
 
 def test_an_interrupted_training_goes_on(
@@ -170,16 +149,15 @@ def test_an_interrupted_training_goes_on(
         original(self, args, state, control, **given)
 
     monkeypatch.setattr(train._Watch, "on_step_end", stop)
-    code, _, err = call(*TRAIN, "-o", "cut", "--steps", "4")
-    assert code == 130
-    assert "interrupted after 2 steps: go on with --resume" in err
+    ended = call(*TRAIN, "-o", "cut", "--steps", "4")
+    assert ended.code == 130
+    assert "interrupted after 2 steps: go on with --resume" in ended.err
     assert not (desk / "cut").exists()
     monkeypatch.setattr(train._Watch, "on_step_end", original)
-    code, _, err = call(*TRAIN, "-o", "cut", "--steps", "5", "--resume")
-    assert code == 2
-    assert "steps 4 (now 5)" in err
-    code, _, err = call(*TRAIN, "-o", "cut", "--steps", "4", "--resume")
-    assert code == 0, err
+    other = call(*TRAIN, "-o", "cut", "--steps", "5", "--resume")
+    assert "steps 4 (now 5)" in other.refusal()
+    ended = call(*TRAIN, "-o", "cut", "--steps", "4", "--resume")
+    assert ended.code == 0, ended.err
     assert json.loads((desk / "cut" / "matkv.json").read_text())["steps"] == 4
 
 
@@ -224,8 +202,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, desk: Path, call: Call
     (desk / "artifact").mkdir(exist_ok=True)
     (desk / "artifact" / "config.json").write_text('{"base_model": "x"}')
     arguments, message = BAD[case]
-    code, _, err = call(*(part.format(desk=desk) for part in arguments))
-    assert code == 2, err
-    assert message in " ".join(err.split())
-    assert "Traceback" not in err
+    ended = call(*(part.format(desk=desk) for part in arguments))
+    assert ended.code == 2, ended.err
+    assert message in " ".join(ended.err.split())
+    assert "Traceback" not in ended.err
     assert not (desk / "o").exists()

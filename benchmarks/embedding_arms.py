@@ -1,8 +1,8 @@
 """Every way to get embedding models of many sizes, trained alike and measured at every size.
 
-    python benchmarks/embeddings.py                       packaged articles, a few minutes
-    python benchmarks/embeddings.py --triplets T.jsonl --pairs P.jsonl --seed 0 --seed 1 --seed 2
-    python benchmarks/embeddings.py --corpus C.jsonl --train-queries T.jsonl --queries Q.jsonl
+    python benchmarks/embedding_arms.py                       packaged articles, a few minutes
+    python benchmarks/embedding_arms.py --triplets T.jsonl --pairs P.jsonl --seed 0 --seed 1
+    python benchmarks/embedding_arms.py --corpus C.jsonl --train-queries T.jsonl --queries Q.jsonl
 
 Arms, all from the same model, with the same steps of the same batches of a seed:
 
@@ -34,7 +34,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer import losses
 
-from matkv.articles import default_articles
+from matkv.artifact.records import made
+from matkv.artifact.results import load_rows, save_rows
+from matkv.data.articles import default_articles
 from matkv.embeddings.config import EmbedConfig
 from matkv.embeddings.data import Retrieval, read_examples, read_retrieval, read_scored
 from matkv.embeddings.evaluator import rung_table
@@ -43,7 +45,6 @@ from matkv.embeddings.measure import retrieval_evaluator, similarity_evaluator
 from matkv.embeddings.rungs import Size, default_rungs, full_size, name, parse
 from matkv.embeddings.serve import truncate
 from matkv.embeddings.train import base_loss, fit, ladder_loss
-from matkv.results import load_rows, made, save_rows
 
 KIND, KEYS = "arms", ("task", "arm", "seed", "steps", "batch_size")
 DEMO_ARMS = ("untrained", "random 2D", "ladder", "separate")
@@ -94,9 +95,7 @@ def random_2d(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
     return bench.measured(model, bench.sizes), seconds
 
 
-def ladder(
-    bench: Bench, config: EmbedConfig, start: str | None = None
-) -> tuple[Values, float]:
+def ladder(bench: Bench, config: EmbedConfig, start: str | None = None) -> tuple[Values, float]:
     model = bench.load(start)
     seconds = bench.trained(model, ladder_loss(model, config), config)
     return bench.measured(model, bench.sizes), seconds
@@ -204,7 +203,9 @@ def articles() -> tuple[Columns, BaseEvaluator]:
     for number, (first, rest) in enumerate(_openings(default_articles("validation"))):
         queries[f"q{number}"], corpus[f"d{number}"] = first, rest
     relevant = {query: {"d" + query[1:]} for query in queries}
-    return {"anchor": anchors, "positive": positives}, retrieval_evaluator(Retrieval(corpus, queries, relevant))
+    return {"anchor": anchors, "positive": positives}, retrieval_evaluator(
+        Retrieval(corpus, queries, relevant)
+    )
 
 
 def _sentences(paragraph: str) -> list[str]:

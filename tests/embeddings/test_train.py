@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tiny_embedders import HIDDEN, LAYERS, TEXTS, build
 
 from matkv.embeddings import LadderLoss, ladder
 from matkv.embeddings.config import EmbedConfig
@@ -23,6 +22,7 @@ from matkv.embeddings.serve import trained_sizes
 from matkv.embeddings.train import Step, base_loss, fit, ladder_loss
 from matkv.errors import MatkvError, ModelError, SizeError, TrainingError
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich
+from tiny_embedders import HIDDEN, LAYERS, TEXTS, build
 
 RUNGS = "1x8,2x16,4x32"
 WORDS = [f"{a} {b}" for a in TEXTS for b in ("today", "at night", "again", "in may")]
@@ -198,7 +198,7 @@ def test_a_plain_transformers_model_gets_mean_pooling(tmp_path: Path) -> None:
 
 
 def test_what_is_no_embedding_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot load .*none"):
+    with pytest.raises(ModelError, match=r"cannot load .*none"):
         load_embedder(str(tmp_path / "none"))
     with pytest.raises(ModelError, match="holds no model"):
         load_embedder(str(tmp_path))

@@ -84,10 +84,18 @@ def test_scores_without_an_order_are_refused(tmp_path: Path) -> None:
 
 BAD_RETRIEVAL: dict[str, tuple[list[Any], list[Any], str]] = {
     "no id": ([{"text": "a"}], [], "line 1: '_id' must be"),
-    "an id twice": ([{"_id": 1, "text": "a"}, {"_id": "1", "text": "b"}], [], "2: '_id' '1' is there"),
+    "an id twice": (
+        [{"_id": 1, "text": "a"}, {"_id": "1", "text": "b"}],
+        [],
+        "2: '_id' '1' is there",
+    ),
     "no text": ([{"_id": 1}], [], "line 1: 'text' must be"),
     "a title that is none": ([{"_id": 1, "title": 3, "text": "a"}], [], "'title' must be a text"),
-    "no answers": ([{"_id": 1, "text": "a"}], [{"_id": 1, "text": "q"}], "'relevant' must be a list"),
+    "no answers": (
+        [{"_id": 1, "text": "a"}],
+        [{"_id": 1, "text": "q"}],
+        "'relevant' must be a list",
+    ),
     "an empty list": (
         [{"_id": 1, "text": "a"}],
         [{"_id": 1, "text": "q", "relevant": []}],

@@ -18,11 +18,11 @@ from sentence_transformers.sentence_transformer.evaluation import (
     RerankingEvaluator,
     TripletEvaluator,
 )
-from tiny_embedders import HIDDEN, LAYERS, TEXTS, build, features
 
 from matkv.embeddings import RungEvaluator, RungTable, encode_rungs, rung_table, truncate
 from matkv.embeddings.serve import record
 from matkv.errors import SizeError, UnsupportedModelError
+from tiny_embedders import HIDDEN, LAYERS, TEXTS, build, features
 
 SIZES = ((1, 8), (2, 16), (LAYERS, HIDDEN))
 SHUFFLED = [TEXTS[index] for index in (2, 0, 3, 1, 4)]
