@@ -13,7 +13,7 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from tiny import SPREAD, seeded
 
@@ -30,6 +30,11 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 80,
     "initializer_range": SPREAD,
     "pad_token_id": 0,
+}
+DEBERTA: dict[str, Any] = {
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
 }
 DECODER: dict[str, Any] = COMMON | {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
 
@@ -48,8 +53,8 @@ MORE: dict[str, Callable[[], PreTrainedConfig]] = {
         max_position_embeddings=80, initializer_range=SPREAD,
     ),
     "deberta_v2": lambda: transformers.DebertaV2Config(
-        **COMMON, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
-        norm_rel_ebd="layer_norm", share_att_key=True,
+        **COMMON, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        **DEBERTA,
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **DECODER, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
@@ -57,7 +62,6 @@ MORE: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "t5": lambda: transformers.T5Config(
         vocab_size=len(VOCAB), d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=LAYERS, num_heads=4,
-        decoder_start_token_id=0,
     ),
     "llama": lambda: transformers.LlamaConfig(**DECODER),
 }  # fmt: skip
@@ -95,7 +99,9 @@ def save_backbone(config: PreTrainedConfig, folder: Path) -> None:
                     parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(VOCAB), encoding="utf-8")
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    library: Any = transformers
+    tokenizer = library.BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(folder)
 
 
 def features(model: SentenceTransformer, *columns: list[str]) -> list[dict[str, Any]]:

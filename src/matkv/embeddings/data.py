@@ -117,7 +117,7 @@ def _text(where: str, row: dict[str, Any], name: str) -> str:
 
 
 def _score(where: str, row: dict[str, Any]) -> float:
-    value = row.get("score")
+    value: Any = row.get("score")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
         raise DataError(f"{where}: 'score' must be a finite number, not {value!r}")

@@ -54,7 +54,7 @@ class RungEvaluator(BaseEvaluator):
 
     def __call__(
         self,
-        model: SentenceTransformer,  # type: ignore[override]  # not of every BaseModel
+        model: SentenceTransformer,
         output_path: str | None = None,
         epoch: int = -1,
         steps: int = -1,
@@ -69,7 +69,7 @@ class RungEvaluator(BaseEvaluator):
             for size, view in each.items():
                 values[name(size)] = self._value(self.evaluator(view, None, epoch, steps))
         values["mean"] = math.fsum(values.values()) / len(values)
-        metrics = self.prefix_name_to_metrics(values, self.name)
+        metrics: dict[str, float] = self.prefix_name_to_metrics(values, self.name)
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
 

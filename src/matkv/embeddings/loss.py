@@ -147,7 +147,7 @@ class LadderLoss(nn.Module):
             return {"sentence_embedding": torch.cat(wide, dim=-1)}
 
         with recording(self.backbone, layers):
-            wide = embed_columns(embed, features)  # type: ignore[arg-type]  # any callable does
+            wide = embed_columns(embed, features)
         by_head: list[dict[Size, list[Tensor]]] = []
         for index, head in enumerate(heads):
             splits = [head.split(x_BX.tensor_split(len(heads), -1)[index], sizes) for x_BX in wide]
@@ -182,10 +182,10 @@ class LadderLoss(nn.Module):
         """Similarities of first texts to all others of the batch, as the base loss has them."""
         if len(columns) < 2:
             raise TrainingError("distill over candidates needs at least two texts an example")
-        compare: Similarity = self.loss.similarity_fct
-        candidates_MD = torch.cat(columns[1:])
-        scores_BM = MATRIX.get(compare, compare)(columns[0], candidates_MD)
-        return scores_BM * float(self.loss.scale)
+        base: Any = self.loss
+        compare = MATRIX.get(base.similarity_fct, base.similarity_fct)
+        scores_BM: Tensor = compare(columns[0], torch.cat(columns[1:]))
+        return scores_BM * float(base.scale)
 
     def _check_weights(self) -> None:
         if not self.full_weight > 0:

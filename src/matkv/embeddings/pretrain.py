@@ -119,7 +119,8 @@ def masked_lm(embedder: SentenceTransformer, *, seed: int = 0) -> BertForMaskedL
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertForMaskedLM(copy.deepcopy(backbone.config))
-    model.to(device=backbone.device, dtype=backbone.dtype)
+    moved: nn.Module = model  # whose `to` has the usual types
+    moved.to(device=backbone.device, dtype=backbone.dtype)
     model.bert = backbone
     model.cls.predictions.decoder.weight = backbone.embeddings.word_embeddings.weight
     return model

@@ -133,6 +133,5 @@ def covered(schedule: Schedule) -> tuple[Size, ...]:
     """Every size that some step of `schedule` may cover, from small to large."""
     if isinstance(schedule, Ladder):  # a Cycle is one too
         return tuple(sorted((layer, dim) for layer, dim in schedule.rungs))
-    layer, dim = schedule.axes
-    grids = ([axis.at(level + 1) for level in range(axis.levels)] for axis in (layer, dim))
-    return tuple(product(*grids))
+    layers, dims = ([axis.at(n + 1) for n in range(axis.levels)] for axis in schedule.axes)
+    return tuple(product(layers, dims))

@@ -67,9 +67,11 @@ OnStep = Callable[[Step], None]
 
 def base_loss(model: SentenceTransformer, config: EmbedConfig) -> nn.Module:
     """The loss that the settings name, over one size."""
-    if config.loss == "ranking":
-        return losses.MultipleNegativesRankingLoss(model)
-    return losses.CoSENTLoss(model)
+    ranking = config.loss == "ranking"
+    loss: nn.Module = (
+        losses.MultipleNegativesRankingLoss(model) if ranking else losses.CoSENTLoss(model)
+    )
+    return loss
 
 
 def ladder_loss(model: SentenceTransformer, config: EmbedConfig) -> LadderLoss:
