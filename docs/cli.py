@@ -24,10 +24,18 @@ error, so that `--json` can be piped.
 def render() -> str:
     """The page: the help of the program, then of each command in the program's order."""
     program: Any = typer.main.get_command(app)
-    parts = [HEADER, _block(program, "matkv")]
-    for name, command in program.commands.items():
-        parts += [f"## matkv {name}\n", _block(command, f"matkv {name}")]
-    return "\n".join(parts)
+    return "\n".join([HEADER, _block(program, "matkv"), *_sections(program, "matkv")])
+
+
+def _sections(group: Any, name: str) -> list[str]:
+    """The help of every command of a group; one that is a group itself goes on with its own."""
+    parts = []
+    for word, command in group.commands.items():
+        called = f"{name} {word}"
+        parts += [f"## {called}\n", _block(command, called)]
+        if hasattr(command, "commands"):
+            parts += _sections(command, called)
+    return parts
 
 
 def _block(command: Any, name: str) -> str:

@@ -51,17 +51,27 @@ def parse(words: list[str]) -> None:
     Raises:
         click's UsageError: it cannot be run as it stands.
     """
-    PROGRAM.commands[words[0]].make_context(words[0], list(words[1:]))
+    command, rest = _command(words)
+    command.make_context(words[0], rest)
+
+
+def _command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that words call, one in a group perhaps, and the words after its name."""
+    command = PROGRAM
+    for index, word in enumerate(words):
+        if not hasattr(command, "commands"):
+            return command, list(words[index:])
+        command = command.commands[word]
+    return command, []
 
 
 def unknown_options(words: list[str]) -> list[str]:
     """The options of a command that it does not have; values may be placeholders."""
-    if (
-        "ignore_unknown_options" in PROGRAM.commands[words[0]].context_settings
-    ):  # another program reads them
+    command, rest = _command(words)
+    if "ignore_unknown_options" in command.context_settings:  # another program reads them
         return []
-    known = {name for one in PROGRAM.commands[words[0]].params for name in one.opts}
-    return [word for word in words[1:] if word.startswith("-") and word not in known | {"--help"}]
+    known = {name for one in command.params for name in one.opts}
+    return [word for word in rest if word.startswith("-") and word not in known | {"--help"}]
 
 
 def links(page: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from matkv.errors import MatkvError, ModelError, SizeError, TrainingError
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich
 from tiny_embedders import HIDDEN, LAYERS, TEXTS, build
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 RUNGS = "1x8,2x16,4x32"
 WORDS = [f"{a} {b}" for a in TEXTS for b in ("today", "at night", "again", "in may")]
 PAIRS = {"anchor": WORDS, "positive": [f"so {text}" for text in WORDS]}
@@ -181,6 +182,12 @@ def test_settings_come_from_a_file_and_the_command_line_goes_first(tmp_path: Pat
     (tmp_path / "b.toml").write_text("steps = = 3")
     with pytest.raises(TrainingError, match="cannot read the recipe"):
         EmbedConfig.from_toml(tmp_path / "b.toml")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("embed-*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_read(recipe: Path) -> None:
+    config = EmbedConfig.from_toml(recipe)
+    assert config.make_schedule((6, 384)).draw(0, torch.Generator())[-1] == (6, 384)
 
 
 # ---- models by name, and on disk

@@ -1,12 +1,14 @@
 """Report: one page that shows what was measured of artifacts, to keep and to send around.
 
-It reads artifacts and their `results/*.json` only; no model is loaded and nothing is measured.
+It reads artifacts, or embedding models, and their `results/*.json` only; no model is loaded and
+nothing is measured.
 
     runs      artifacts with the rows that are theirs
     theme     colours, and pictures that follow the reader's theme
     figures   lines in panels
     maps      maps by layer and head, fans of curves
     page      what a report is made of; page.html and page.css
+    embedders, sizes    the same for embedding models of many sizes
     headline quality peers accuracy context bases speed made      the sections
 """
 
@@ -19,7 +21,8 @@ from pathlib import Path
 
 from matkv.errors import MatkvError
 from matkv.files import replacing
-from matkv.report.page import Section, render
+from matkv.report.embedders import is_embedder, read_embedders
+from matkv.report.page import Headline, Section, render
 from matkv.report.pictures.theme import Picture
 from matkv.report.runs import Run, read_runs
 from matkv.report.sections.accuracy import accuracy_section
@@ -29,6 +32,7 @@ from matkv.report.sections.headline import headline
 from matkv.report.sections.made import last_date, made_section, samples_section
 from matkv.report.sections.peers import peer_blocks
 from matkv.report.sections.quality import quality_blocks
+from matkv.report.sections.sizes import sizes_headline, sizes_sections
 from matkv.report.sections.speed import speed_section
 
 __all__ = ["PAGE", "report"]
@@ -56,18 +60,18 @@ SECTIONS = (
 def report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write `out/index.html` and its pictures as PNG; returns the page's path.
 
-    Several runs, of one model, are compared. The page needs nothing beside it: the PNGs are for use
-    elsewhere. Equal artifacts and rows make an equal page.
+    Several runs, of one model, are compared; embedding models have a page of their own. The page
+    needs nothing beside it: the PNGs are for use elsewhere. Equal artifacts and rows make an equal
+    page.
 
     Raises:
         ArtifactError: a run is no artifact, or its results are damaged.
-        MatkvError: the runs are of several models, `out` cannot be written, or matplotlib or jinja2
-            is not installed.
+        MatkvError: the runs are of several models or kinds, `out` cannot be written, or matplotlib
+            or jinja2 is not installed.
     """
-    read = read_runs(runs)
-    sections = [section(read) for section in SECTIONS]
+    headline_of, sections, day = _composed(runs)
     pictures = [one for part in sections for one in part.blocks if isinstance(one, Picture)]
-    page = render(headline(read), sections, _footer(read))
+    page = render(headline_of, sections, _footer(day))
     target = Path(out)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -84,12 +88,26 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
     return target / PAGE
 
 
-def _footer(runs: Sequence[Run]) -> str:
+def _composed(runs: Sequence[str | Path]) -> tuple[Headline, list[Section], str | None]:
+    """What a page of these runs says, and the day of the newest measurement."""
+    embedders = [str(run) for run in runs if is_embedder(Path(run))]
+    if not embedders:
+        read = read_runs(runs)
+        return headline(read), [section(read) for section in SECTIONS], last_date(read)
+    if len(embedders) < len(runs):
+        raise MatkvError(
+            f"{embedders[0]} is an embedding model and other runs are not: make a report of each"
+        )
+    models = read_embedders(runs)
+    days = [model.last_date for model in models if model.last_date]
+    return sizes_headline(models), sizes_sections(models), max(days, default=None)
+
+
+def _footer(day: str | None) -> str:
     try:
         program = f"matkv {version('matkv')}"
     except PackageNotFoundError:
         program = "matkv"
-    day = last_date(runs)
     return f"Made by {program} report" + (f"; last measured on {day}." if day else ".")
 
 

@@ -52,7 +52,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     digests = [artifact.digest for artifact in artifacts]
     runs = [
         _read(folder, name, artifact, digests)
-        for folder, name, artifact in zip(folders, _names(folders), artifacts, strict=True)
+        for folder, name, artifact in zip(folders, names_of(folders), artifacts, strict=True)
     ]
     models = {(run.artifact.geometry, run.artifact.fingerprint) for run in runs}
     if len(models) > 1:
@@ -78,7 +78,8 @@ def _read(folder: Path, name: str, artifact: Artifact, digests: Sequence[str]) -
     return Run(name=name, artifact=artifact, digest=ours, rows=rows, stale=stale)
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Names of directories, as short as tells them apart."""
     for depth in range(1, max(len(folder.parts) for folder in folders)):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):
