@@ -34,8 +34,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer import losses
 
-from matkv.artifact.records import made
-from matkv.artifact.results import load_rows, save_rows
+from matkv.artifact.results import Kind, Results
 from matkv.data.articles import default_articles
 from matkv.embeddings.config import EmbedConfig
 from matkv.embeddings.data import Retrieval, read_examples, read_retrieval, read_scored
@@ -46,7 +45,7 @@ from matkv.embeddings.rungs import Size, default_rungs, full_size, name, parse
 from matkv.embeddings.serve import truncate
 from matkv.embeddings.train import base_loss, fit, ladder_loss
 
-KIND, KEYS = "arms", ("task", "arm", "seed", "steps", "batch_size")
+ROWS = Kind("arms", ("task", "arm", "seed", "steps", "batch_size"))
 DEMO_ARMS = ("untrained", "random 2D", "ladder", "separate")
 # A step of the ladder over one of the full size alone (benchmarks/embedding_cost.py).
 LADDER_COST = 1.25
@@ -154,18 +153,16 @@ def run(bench: Bench, arm: str, config: EmbedConfig) -> dict[str, Any]:
         "task": bench.name, "arm": arm, "seed": seed, "steps": steps,
         "batch_size": config.batch_size,
     }  # fmt: skip
-    for old in load_rows(bench.folder, KIND):
-        if all(old.get(key) == row[key] for key in KEYS):
-            return old
+    results = Results(bench.folder, ROWS)
+    if (old := results.find(row)) is not None:
+        return old
     values, seconds = ARMS[arm](bench, config)
     row |= {
         "values": {name(size): value for size, value in values.items()},
         "mean": sum(values.values()) / len(values),
         "seconds": round(seconds, 1),
-        "made": made(model=bench.model),
     }
-    save_rows(bench.folder, KIND, [row], KEYS)
-    return row
+    return results.add([row], model=bench.model)[0]
 
 
 # ---- tasks

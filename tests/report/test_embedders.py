@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from matkv.artifact.records import weights_digest
-from matkv.artifact.results import save_rows
+from matkv.artifact.results import Kind, Results
 from matkv.errors import ArtifactError, MatkvError
 from matkv.report import report
 from matkv.report.embedders import arm_values, read_embedders
@@ -45,7 +45,7 @@ def save_sizes(folder: Path, digest: str, values: dict[tuple[int, int], float]) 
         }
         for (layer, dim), value in values.items()
     ]  # fmt: skip
-    save_rows(folder, "sizes", rows, ("model", "layer", "dim"))
+    Results(folder, Kind("sizes", ("model", "layer", "dim"))).put(rows)
 
 
 def arms(folder: Path) -> Path:
@@ -54,7 +54,7 @@ def arms(folder: Path) -> Path:
         for arm, low in (("untrained", 0.2), ("ladder", 0.5))
         for seed in (0, 1)
     ]
-    save_rows(folder, "arms", rows, ("arm", "seed"))
+    Results(folder, Kind("arms", ("arm", "seed"))).put(rows)
     return folder
 
 

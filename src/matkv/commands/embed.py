@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from matkv.artifact.records import made, weights_digest
-from matkv.artifact.results import save_rows
+from matkv.artifact.results import Kind, Results
 from matkv.commands import console
 from matkv.commands.options import DeviceOpt, JsonOpt, TrustOpt
 from matkv.errors import DataError, MatkvError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the extra is imported when a command runs, so that --help n
     from matkv.embeddings.train import Step, Trained
 
 INTERRUPTED = 130
+SIZES = Kind("sizes", ("model", "data", "data_digest", "metric", "layer", "dim"))
 
 embed_app = typer.Typer(
     help="Embedding models whose first layers and dimensions are good smaller models.",
@@ -146,7 +147,6 @@ def evaluate_command(
 ) -> None:
     """Measure every size of a model, from one encode of each text."""
     from matkv.embeddings import parse, rung_table
-    from matkv.embeddings.measure import KEYS, KIND
     from matkv.embeddings.run import read_made
     from matkv.embeddings.serve import trained_sizes, warn_untrained
 
@@ -162,9 +162,10 @@ def evaluate_command(
         with console.err.status(f"measuring with {about['data']}"):
             table = rung_table(model, evaluator, sizes, grid=grid)
         tables[about["data"]] = table
-        rows += [{"model": weights, **about, **row, "made": made()} for row in table.to_json()]
-    if Path(model_name).is_dir() and read_made(Path(model_name)) is not None:
-        save_rows(model_name, KIND, rows, KEYS)
+        rows += [{"model": weights, **about, **row} for row in table.to_json()]
+    # Only where a training of ours has written it: other directories stay as they are.
+    ours = Path(model_name).is_dir() and read_made(Path(model_name)) is not None
+    rows = Results(model_name if ours else None, SIZES).add(rows)
     if picture is not None:
         _save_picture(tables, picture)
     if as_json:

@@ -1,4 +1,4 @@
-"""Evaluators of sentence-transformers for what the commands read, and rows of what they find."""
+"""Evaluators of sentence-transformers for what the commands read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from matkv.embeddings.data import Retrieval, Scored
-
-# Rows of RUN/results/sizes.json; what makes one of them that one.
-KIND = "sizes"
-KEYS = ("model", "data", "data_digest", "metric", "layer", "dim")
 
 
 def similarity_evaluator(pairs: Scored, batch_size: int = 32) -> BaseEvaluator:
