@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from matkv.files import digest
 
 Record = dict[str, Any]
 PACKAGES = ("matkv", "torch", "transformers")
@@ -32,11 +33,9 @@ def made(**settings: Any) -> Record:
 
 def weights_digest(model: Path) -> str:
     """A short name of the weights in a model's directory: equal only where these are bit-equal."""
-    total = hashlib.sha256()
-    for path in sorted(model.rglob("*.safetensors")):
-        total.update(path.relative_to(model).as_posix().encode())
-        total.update(path.read_bytes())
-    return total.hexdigest()[:12]
+    files = sorted(model.rglob("*.safetensors"))
+    names = (path.relative_to(model).as_posix().encode() for path in files)
+    return digest(*names, *(path.read_bytes() for path in files))
 
 
 def command_line() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from matkv.embeddings.data import Retrieval, Scored
+from matkv.files import digest
 
 
 def similarity_evaluator(pairs: Scored, batch_size: int = 32) -> BaseEvaluator:
@@ -45,4 +45,4 @@ def retrieval_evaluator(data: Retrieval, batch_size: int = 32) -> BaseEvaluator:
 
 def data_digest(*parts: Any) -> str:
     """A short name of what was measured with."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    return digest(repr(parts).encode())
