@@ -29,7 +29,7 @@ from matkv.bases.gates import GatedProjection
 from matkv.distill.bases import rank_axes
 from matkv.errors import BudgetError, DataError, MatkvError, RankError
 from matkv.hf.handlers import truncating
-from matkv.ranks import RankTable
+from matkv.ranks import RankTable, Side
 from matkv.schedule import Independent
 from tiny import Tiny, build, left_padded, tokens
 
@@ -195,7 +195,7 @@ def nudged_kl(
     text: Text,
     table: RankTable,
     layer: int,
-    side: str,
+    side: Side,
     head: int,
     columns: Any,
     by: float,
@@ -204,9 +204,8 @@ def nudged_kl(
 
     class Nudged(GatedProjection):
         def matrices(self) -> tuple[Tensor, Tensor]:
-            gate = getattr(self, f"{side}_gate").clone()
-            gate[head, columns] += by
-            setattr(self, f"{side}_gate", gate)
+            self.gates[side] = self.gates[side].clone()
+            self.gates[side][head, columns] += by
             return super().matrices()
 
     gated[layer].__class__ = Nudged

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from matkv.attention.latent import attend
-from matkv.bases.gates import GatedProjection, rank_gate
+from matkv.bases.gates import GatedProjection
 from matkv.bases.maps import Maps
 from matkv.errors import RankError
 from matkv.latents.latents import Latents
@@ -94,9 +94,9 @@ def test_matrices_are_no_part_of_the_state_dict() -> None:
 def gated(
     key: Maps, value: Maps, key_ranks: LayerRanks, value_ranks: LayerRanks
 ) -> GatedProjection:
-    projection = GatedProjection(key, value)
-    projection.key_gate = rank_gate(key_ranks, DIM)
-    projection.value_gate = rank_gate(value_ranks, DIM)
+    projection = GatedProjection({"key": key, "value": value})
+    projection.open("key", torch.tensor(key_ranks))
+    projection.open("value", torch.tensor(value_ranks))
     return projection
 
 
@@ -124,9 +124,9 @@ def test_gates_of_a_table_equal_its_projection(
 def test_gates_may_differ_between_sequences() -> None:
     key_BGTD, value_BGTD = random_states()
     handlers = [gated(KEY, VALUE, *TABLES[0]), gated(KEY, VALUE, *TABLES[2])]
-    both = GatedProjection(KEY, VALUE)
-    both.key_gate = torch.stack([handler.key_gate for handler in handlers])
-    both.value_gate = torch.stack([handler.value_gate for handler in handlers])
+    both = GatedProjection({"key": KEY, "value": VALUE})
+    for side in SIDES:
+        both.gates[side] = torch.stack([handler.gates[side] for handler in handlers])
     together = both(key_BGTD, value_BGTD)
     for row, handler in enumerate(handlers):
         alone = handler(key_BGTD, value_BGTD)

@@ -31,16 +31,16 @@ def blended(
         if count is None:
             continue
         levels = path.levels(count)
-        found = {}
+        blends = {}
         for share in SHARES:
             ranks = [
                 _equal(path.space, unit, budget) * (1 - share) + unit.ladder[level] * share
                 for unit, level in zip(path.space.units, levels, strict=True)
             ]
-            found[share] = blend.extended(toward(blend, ranks, budget))
-        losses = {share: loss(candidate.table()) for share, candidate in found.items()}
+            blends[share] = blend.extended(toward(blend, ranks, budget))
+        losses = {share: loss(candidate.table()) for share, candidate in blends.items()}
         shares[budget] = min(losses, key=losses.__getitem__)
-        blend = found[shares[budget]]
+        blend = blends[shares[budget]]
     return blend, shares
 
 

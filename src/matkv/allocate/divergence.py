@@ -11,22 +11,21 @@ Shapes: B batch, N sequence, T token, V vocabulary, G KV head, D head dim, C can
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from matkv.allocate.replay import blocks_of, recorded, resumed
-from matkv.bases.gates import GatedProjection, rank_gate
+from matkv.bases.gates import GatedProjection
 from matkv.data.batch import Batch, Tokens
 from matkv.errors import DataError
 from matkv.logits import row_blocks
-from matkv.ranks import RankTable
+from matkv.ranks import SIDES, RankTable
 
 Gated = dict[int, GatedProjection]
 
@@ -164,50 +163,36 @@ def measure_changes(
         set_gates(gated, table)
         with recorded(blocks) as outputs:
             logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
-        kl_NC[piece.rows, 0] = _sums(logits_BTV, piece)[:, 0]
-        column = 1
+        kl_BC = [_sums(logits_BTV, piece)[:, 0]]
         for layer in order:
-            for tables in _chunks(changes[layer], batched):
-                sums = _kl_of_tables(model, gated, piece, blocks, outputs, layer, tables)
-                kl_NC[piece.rows, column : column + len(tables)] = sums
-                column += len(tables)
-            set_gates(gated, table, layer)
-    kl_C = (reduced(kl_NC).sum(0) / text.tokens).tolist()
-    found = iter(kl_C[1:])
-    return kl_C[0], {layer: [next(found) for _ in changes[layer]] for layer in order}
+            for first in range(0, len(changes[layer]), batched):
+                tables = changes[layer][first : first + batched]
+                _open_batched(gated[layer], layer, tables, len(piece.batch.ids_BT))
+                with resumed(blocks, outputs, layer, len(tables)):
+                    inputs = piece.batch.inputs(len(tables))
+                    logits = model(**inputs, use_cache=False).logits.split(len(piece.batch.ids_BT))
+                kl_BC += [_sums(logits_BTV, piece)[:, 0] for logits_BTV in logits]
+            set_gates({layer: gated[layer]}, table)
+        kl_NC[piece.rows] = torch.stack(kl_BC, dim=1)
+    kl, *changed = (reduced(kl_NC).sum(0) / text.tokens).tolist()
+    by_table = iter(changed)
+    return kl, {layer: [next(by_table) for _ in changes[layer]] for layer in order}
 
 
-def _kl_of_tables(
-    model: PreTrainedModel,
-    gated: Gated,
-    piece: Piece,
-    blocks: list[nn.Module],
-    outputs: list[Any],
-    layer: int,
-    tables: Sequence[RankTable],
-) -> Tensor:
-    """Summed KL of every sequence under every table; only blocks from `layer` on are run.  [BC]"""
-    B, C = len(piece.batch.ids_BT), len(tables)
-    projection = gated[layer]
-    dim = projection.key_gate.shape[-1]
-    for side in ("key", "value"):
-        gate_CGD = torch.stack([rank_gate(table.side(side)[layer], dim) for table in tables])
-        gate_BGD = gate_CGD.repeat_interleave(B, 0).to(model.device)
-        setattr(projection, f"{side}_gate", gate_BGD)
-    with resumed(blocks, outputs, layer, C):
-        logits = model(**piece.batch.inputs(C), use_cache=False).logits
-    parts = [_sums(part_BTV, piece)[:, 0] for part_BTV in logits.split(B)]
-    return torch.stack(parts, dim=1)
+def set_gates(gated: Gated, table: RankTable) -> None:
+    """Open the columns that `table` keeps."""
+    for layer, projection in gated.items():
+        for side in SIDES:
+            projection.open(side, torch.tensor(table.side(side)[layer]))
 
 
-def set_gates(gated: Gated, table: RankTable, layer: int | None = None) -> None:
-    """Open the columns that `table` keeps, in one layer or in all."""
-    for index, projection in gated.items():
-        if layer is None or index == layer:
-            gate = projection.key_maps.encode_XDD
-            dim, device = gate.shape[-1], gate.device
-            projection.key_gate = rank_gate(table.key[index], dim).to(device)
-            projection.value_gate = rank_gate(table.value[index], dim).to(device)
+def _open_batched(
+    projection: GatedProjection, layer: int, tables: Sequence[RankTable], sequences: int
+) -> None:
+    """Open what each of several tables keeps in a layer, for so many sequences a table."""
+    for side in SIDES:
+        ranks_CG = torch.tensor([table.side(side)[layer] for table in tables])
+        projection.open(side, ranks_CG.repeat_interleave(sequences, 0))
 
 
 def reduced(rows_N: Tensor) -> Tensor:
@@ -243,8 +228,8 @@ def _sums(logits_BTV: Tensor, piece: Piece) -> Tensor:
             kl_RV = F.kl_div(log_q_RV, log_p_RV, reduction="none", log_target=True)
             kl += (kl_RV.sum(-1).double() * mask_T[rows]).sum()
             for log_RV, total in ((log_q_RV, loss), (log_p_RV, teacher_loss)):
-                found_R = log_RV.gather(-1, target_T[rows, None])[:, 0]
-                total -= (found_R.double() * wanted_T[rows]).sum()
+                log_R = log_RV.gather(-1, target_T[rows, None])[:, 0]
+                total -= (log_R.double() * wanted_T[rows]).sum()
         sums.append(torch.stack([kl, loss, teacher_loss]))
     return torch.stack(sums)
 
@@ -252,8 +237,3 @@ def _sums(logits_BTV: Tensor, piece: Piece) -> Tensor:
 def _target_mask(mask_BT: Tensor) -> Tensor:
     """1 at tokens whose next token is there to be predicted.  [..., T-1]"""
     return mask_BT[..., 1:] * mask_BT[..., :-1]
-
-
-def _chunks(tables: Sequence[RankTable], size: int) -> Iterator[Sequence[RankTable]]:
-    for first in range(0, len(tables), size):
-        yield tables[first : first + size]

@@ -60,14 +60,11 @@ class Sensitivity:
 def averaged(recent: Sequence[Sensitivity], fading: float) -> Sensitivity:
     """Mean of several expansions, each weighing `fading` times what the next one does."""
     weights = [fading**age for age in reversed(range(len(recent)))]
-    shares = [weight / sum(weights) for weight in weights]
+    weighed = [(past, weight / sum(weights)) for past, weight in zip(recent, weights, strict=True)]
     slope, score = {}, {}
     for name in recent[-1].slope:
-        slopes = [one.slope[name] * w for one, w in zip(recent, shares, strict=True)]
-        slope[name] = torch.stack(slopes).sum(0)
-        score[name] = torch.cat(
-            [one.score[name] * w**0.5 for one, w in zip(recent, shares, strict=True)]
-        )
+        slope[name] = torch.stack([past.slope[name] * share for past, share in weighed]).sum(0)
+        score[name] = torch.cat([past.score[name] * share**0.5 for past, share in weighed])
     return Sensitivity(slope, score, recent[-1].kl)
 
 
@@ -90,17 +87,19 @@ def expand(
 
     `samples` label sequences are drawn for every sequence of the text.
     """
-    set_gates(gated, table)
     N, device = text.sequences, model.device
     kl_N = torch.zeros(N, dtype=torch.float64, device=device)
-    grads: dict[tuple[int, Side], Tensor] = {}
-    for layer, projection in gated.items():
-        G, D = projection.key_maps.encode_XDD.shape[:2]
-        for side in SIDES:
-            grads[layer, side] = torch.zeros(N, samples + 1, G, D, device=device)
+    grads = {
+        (layer, side): torch.zeros(
+            N, samples + 1, *projection.gates[side].shape[-2:], device=device
+        )
+        for layer, projection in gated.items()
+        for side in SIDES
+    }
     with _frozen(model):
         for piece in text.mine:
-            kl_N[piece.rows] = _differentiate(model, gated, piece, samples, seed, grads)
+            gates = _open(gated, table, len(piece.batch.ids_BT))
+            kl_N[piece.rows] = _differentiate(model, gates, piece, samples, seed, grads)
     slope, score = {}, {}
     for name, grad_NSGD in grads.items():
         grad_NSGD = reduced(grad_NSGD).cpu()
@@ -111,17 +110,16 @@ def expand(
 
 def _differentiate(
     model: PreTrainedModel,
-    gated: Gated,
+    gates: dict[tuple[int, Side], Tensor],
     piece: Piece,
     samples: int,
     seed: int,
     grads: dict[tuple[int, Side], Tensor],
 ) -> Tensor:
-    """Write the gradients of one batch into `grads` [NSGD]; returns its summed KL.  [B]
+    """Write the gradients of one batch by its gates into `grads` [NSGD]; returns its KL.  [B]
 
     At S = 0 stands the gradient of the KL, then that of each sampled log-likelihood.
     """
-    gates = _open(gated, len(piece.batch.ids_BT))
     logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
     fixed_BTV = logits_BTV.detach()
     kl_B, toward_BTV = _toward_teacher(fixed_BTV, piece)
@@ -130,10 +128,10 @@ def _differentiate(
             generator = torch.Generator(fixed_BTV.device)
             generator.manual_seed(seed + piece.first * samples + sample)
             toward_BTV = _toward_samples(fixed_BTV, piece, generator)
-        found = torch.autograd.grad(
+        grads_BGD = torch.autograd.grad(
             logits_BTV, list(gates.values()), toward_BTV, retain_graph=sample < samples
         )
-        for name, grad_BGD in zip(gates, found, strict=True):
+        for name, grad_BGD in zip(gates, grads_BGD, strict=True):
             grads[name][piece.rows, sample] = grad_BGD.float()
     return kl_B
 
@@ -172,16 +170,14 @@ def _toward_samples(logits_BTV: Tensor, piece: Piece, generator: torch.Generator
     return toward_BTV
 
 
-def _open(gated: Gated, batch: int) -> dict[tuple[int, Side], Tensor]:
-    """Give every sequence gates of its own, with gradients."""
+def _open(gated: Gated, table: RankTable, batch: int) -> dict[tuple[int, Side], Tensor]:
+    """Give every sequence gates of its own at `table`, with gradients."""
+    set_gates(gated, table)
     gates: dict[tuple[int, Side], Tensor] = {}
     for layer, projection in gated.items():
         for side in SIDES:
-            gate = getattr(projection, f"{side}_gate")
-            gate_BGD = gate[-gate.shape[-2] :] if gate.dim() == 2 else gate[0]
-            gate_BGD = gate_BGD.detach().expand(batch, -1, -1).clone().requires_grad_()
-            setattr(projection, f"{side}_gate", gate_BGD)
-            gates[layer, side] = gate_BGD
+            gate_BGD = projection.gates[side].expand(batch, -1, -1).clone().requires_grad_()
+            projection.gates[side] = gates[layer, side] = gate_BGD
     return gates
 
 

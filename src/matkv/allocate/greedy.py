@@ -22,9 +22,9 @@ def greedy_round(
     changes: dict[int, list[RankTable]] = {}
     for index in able:
         changes.setdefault(units[index].layer, []).append(path.extended([index]).table())
-    kl, found = measure_changes(model, gated, text, path.table(), changes, batched=batched)
+    kl, changed = measure_changes(model, gated, text, path.table(), changes, batched=batched)
     prices = []
     for index in able:
-        more = found[units[index].layer].pop(0) - kl
+        more = changed[units[index].layer].pop(0) - kl
         prices.append((more / units[index].columns(levels[index], levels[index] + 1), index))
     return [index for _, index in sorted(prices)[:drops]], kl

@@ -172,7 +172,7 @@ class Rounds:
             digest.update(str(projection.recent).encode())
         tensors = [piece.batch.ids_BT for text in self.texts for piece in text.pieces]
         for projection in self.gated.values():
-            for maps in (projection.key_maps, projection.value_maps):
+            for maps in projection.maps.values():
                 tensors += [maps.encode_XDD.float(), maps.decode_XDD.float()]
         if self.lora is not None:
             tensors += [self.lora.tensors[name].float() for name in sorted(self.lora.tensors)]
@@ -186,9 +186,7 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     modules = attention_modules(model)
     gated = {}
     for layer in artifact.geometry.growing:
-        device = device_of(modules[layer])
-        key, value = (
-            artifact.maps(layer, side).changed(partial(Tensor.to, device=device)) for side in SIDES
-        )
-        gated[layer] = GatedProjection(key, value, recent=artifact.recent)
+        move = partial(Tensor.to, device=device_of(modules[layer]))
+        maps = {side: artifact.maps(layer, side).changed(move) for side in SIDES}
+        gated[layer] = GatedProjection(maps, recent=artifact.recent)
     return gated

@@ -4,11 +4,13 @@ Shapes: B batch, G KV head, T token, D head dim."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from matkv.bases.maps import Maps
-from matkv.ranks import LayerRanks
+from matkv.ranks import SIDES, Side
 
 
 class Projected:
@@ -43,16 +45,25 @@ class GatedProjection(Projected):
 
     A column with gate 0 is dropped, with gate 1 kept, so that ranks change without new bases and
     gradients reach the gates. With the gates of a rank table it equals `LayerProjection` at that
-    table. `key_gate` and `value_gate` are [GD], or [BGD] for one table a sequence.
+    table. The gates of a side are [GD], or [BGD] for one table a sequence.
     """
 
-    def __init__(self, key: Maps, value: Maps, *, recent: int = 0) -> None:
+    def __init__(self, maps: Mapping[Side, Maps], *, recent: int = 0) -> None:
         super().__init__(recent)
-        self.key_maps, self.value_maps = key, value
-        self.key_gate = self.value_gate = key.encode_XDD.new_ones(key.encode_XDD.shape[:2])
+        self.maps = maps
+        self.gates: dict[Side, Tensor] = {
+            side: heads.encode_XDD.new_ones(heads.encode_XDD.shape[:2])
+            for side, heads in maps.items()
+        }
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        return gated(self.key_maps, self.key_gate), gated(self.value_maps, self.value_gate)
+        key, value = (gated(self.maps[side], self.gates[side]) for side in SIDES)
+        return key, value
+
+    def open(self, side: Side, ranks_XG: Tensor) -> None:
+        """Keep the first columns of every head of a side, as many as its rank."""
+        encode_GDD = self.maps[side].encode_XDD
+        self.gates[side] = rank_gate(ranks_XG, encode_GDD.shape[-1]).to(encode_GDD)
 
 
 def gated(maps: Maps, gate_XD: Tensor) -> Tensor:
@@ -61,6 +72,6 @@ def gated(maps: Maps, gate_XD: Tensor) -> Tensor:
     return (maps.encode_XDD * gate_XD[..., None, :]) @ maps.decode_XDD.mT
 
 
-def rank_gate(ranks: LayerRanks, dim: int) -> Tensor:
-    """Gates that keep the first `ranks[head]` columns of every head.  [GD]"""
-    return (torch.arange(dim) < torch.tensor(ranks)[:, None]).float()
+def rank_gate(ranks_X: Tensor, dim: int) -> Tensor:
+    """True at the first `ranks` of `dim` columns.  [X -> XD]"""
+    return torch.arange(dim, device=ranks_X.device) < ranks_X[..., None]

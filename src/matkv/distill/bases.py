@@ -7,12 +7,13 @@ G KV head, D head dim.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from matkv.artifact.artifact import Artifact
-from matkv.bases.gates import gated
+from matkv.bases.gates import gated, rank_gate
 from matkv.bases.learned import LearnedMaps, Parametrization
 from matkv.bases.maps import Maps
 from matkv.ranks import SIDES, Geometry, RankTable, Side, default_step
@@ -37,51 +38,48 @@ class Bases(nn.Module):
 
     def __init__(self, artifact: Artifact, kind: Parametrization) -> None:
         super().__init__()
-        self.places: dict[tuple[int, Side], tuple[str, slice, slice]] = {}
-        found: dict[str, list[Maps]] = {}
-        first = 0
-        for layer in artifact.geometry.growing:
-            for side in SIDES:
-                maps = artifact.maps(layer, side)
-                heads, dim = maps.encode_XDD.shape[:2]
-                group = found.setdefault(str(dim), [])
-                inside = sum(len(one.encode_XDD) for one in group)
-                self.places[layer, side] = (
-                    str(dim),
-                    slice(inside, inside + heads),
-                    slice(first, first + heads),
-                )
-                group.append(maps)
-                first += heads
-        stacks = {dim: _stack(maps) for dim, maps in found.items()}
+        self.heads = {
+            (layer, side): artifact.geometry.layers[layer].kv_heads
+            for layer in artifact.geometry.growing
+            for side in SIDES
+        }
+        self.places: dict[str, list[tuple[int, Side]]] = {}
+        for layer, side in self.heads:
+            dim = str(artifact.geometry.layers[layer].head_dim)
+            self.places.setdefault(dim, []).append((layer, side))
+        stacks = {
+            dim: _stack([artifact.maps(*place) for place in places])
+            for dim, places in self.places.items()
+        }
         self.start = _digest(stacks)  # names what is learned from
         self.groups = nn.ModuleDict({dim: LearnedMaps(maps, kind) for dim, maps in stacks.items()})
 
     def forward(self, sizes_BX: Tensor) -> dict[tuple[int, Side], Tensor]:
         """P of every layer and side at given ranks, [BGDD] in fp32."""
-        learned = {dim: group() for dim, group in self.groups.items()}
-        wanted: dict[str, list[Tensor]] = {dim: [] for dim in learned}
-        for dim, _, columns in self.places.values():
-            wanted[dim].append(sizes_BX[:, columns])
-        made = {
-            dim: truncated(learned[dim], torch.cat(sizes, dim=1)) for dim, sizes in wanted.items()
-        }
-        return {place: made[dim][:, rows] for place, (dim, rows, _) in self.places.items()}
+        columns = sizes_BX.split(list(self.heads.values()), dim=1)
+        sizes = dict(zip(self.heads, columns, strict=True))
+        products: dict[tuple[int, Side], Tensor] = {}
+        for dim, places in self.places.items():
+            open_BXD = rank_gate(torch.cat([sizes[place] for place in places], dim=1), int(dim))
+            product_BXDD = gated(self.groups[dim](), open_BXD)
+            heads = [self.heads[place] for place in places]
+            products |= zip(places, product_BXDD.split(heads, dim=1), strict=True)
+        return products
 
     def export(self) -> dict[int, dict[Side, Maps]]:
         """The maps as they are now, detached."""
-        learned = {dim: group.export() for dim, group in self.groups.items()}  # type: ignore[operator]
         layers: dict[int, dict[Side, Maps]] = {}
-        for (layer, side), (dim, rows, _) in self.places.items():
-            heads = learned[dim].changed(lambda x_XDD, rows=rows: x_XDD[rows].clone())
-            layers.setdefault(layer, {})[side] = heads
+        for dim, places in self.places.items():
+            learned: Maps = self.groups[dim].export()  # type: ignore[operator]
+            first = 0
+            for layer, side in places:
+                rows = slice(first, first := first + self.heads[layer, side])
+                layers.setdefault(layer, {})[side] = learned.changed(partial(_copied, rows=rows))
         return layers
 
 
-def truncated(maps: Maps, sizes_BX: Tensor) -> Tensor:
-    """encode diag(gate) decode^T with the first `sizes` gates open.  [XDD, BX -> BXDD]"""
-    column_D = torch.arange(maps.encode_XDD.shape[-1], device=sizes_BX.device)
-    return gated(maps, column_D < sizes_BX[..., None])
+def _copied(x_XDD: Tensor, rows: slice) -> Tensor:
+    return x_XDD[rows].clone()
 
 
 def _stack(maps: list[Maps]) -> Maps:

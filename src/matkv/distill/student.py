@@ -50,7 +50,7 @@ class Student(nn.Module):
         super().__init__()
         _check_head(model)
         self.model, self.bases, self.weights, self.adapters = model, bases, weights, adapters
-        self.projected = {layer: Projected(recent) for layer, _ in bases.places}
+        self.projected = {layer: Projected(recent) for layer, _ in bases.heads}
         # Every process has loaded the same weights: DDP need not send what does not learn.
         self._ddp_params_and_buffers_to_ignore = [
             *(name for name, parameter in self.named_parameters() if not parameter.requires_grad),
