@@ -29,7 +29,7 @@ from matkv.bases.gates import GatedProjection
 from matkv.distill.bases import rank_axes
 from matkv.errors import BudgetError, DataError, MatkvError, RankError
 from matkv.hf.handlers import truncating
-from matkv.ranks import RankTable, Side
+from matkv.ranks import Cell, RankTable, Side
 from matkv.schedule import Independent
 from tiny import Tiny, build, left_padded, tokens
 
@@ -174,9 +174,14 @@ def test_slope_is_the_gradient_of_the_kl(llama: Tiny) -> None:
     """Against closing a gate by a little, where ranks are truncated already."""
     text, table = text_of(llama, BATCHES[:1]), RankTable.uniform(llama.geometry, 0.5)
     slope = expanded(llama, text, table).slope
-    for layer, side, head, column in ((0, "key", 1, 2), (1, "value", 0, 5), (2, "key", 0, 9)):
+    columns: list[tuple[Cell, int]] = [
+        ((0, "key", 1), 2),
+        ((1, "value", 0), 5),
+        ((2, "key", 0), 9),
+    ]
+    for (layer, side, head), column in columns:
         kl = [nudged_kl(llama, text, table, layer, side, head, column, by) for by in (-0.02, 0.02)]
-        found = float(slope[layer, side][head, column])  # type: ignore[index]
+        found = float(slope[layer, side][head, column])
         assert found == pytest.approx((kl[1] - kl[0]) / 0.04, rel=0.03, abs=1e-6)
 
 
@@ -184,9 +189,10 @@ def test_half_the_squared_score_is_the_kl_of_a_small_change(llama: Tiny) -> None
     """Around full rank the KL is quadratic; with many samples the estimate meets it."""
     text, full = text_of(llama, BATCHES[:1]), RankTable.full(llama.geometry)
     score = expanded(llama, text, full, samples=200).score
-    for layer, side, head in ((0, "value", 1), (1, "key", 0), (2, "value", 0)):
+    cells: list[Cell] = [(0, "value", 1), (1, "key", 0), (2, "value", 0)]
+    for layer, side, head in cells:
         kl = nudged_kl(llama, text, full, layer, side, head, slice(8, 16), -0.05)
-        estimate = 0.5 * float(score[layer, side][:, head, 8:].sum(-1).square().sum())  # type: ignore[index]
+        estimate = 0.5 * float(score[layer, side][:, head, 8:].sum(-1).square().sum())
         assert estimate * 0.05**2 == pytest.approx(kl, rel=0.25)
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import matkv
 from lessons import quick, text
-from matkv.artifact.artifact import Artifact
 from matkv.distill.bases import Bases, rank_axes, sizes_of
 from matkv.distill.config import DistillConfig
 from matkv.distill.examples import collate
 from matkv.distill.losses import LossWeights, distillation_loss
+from matkv.distill.stage import _borrowed, distill
 from matkv.distill.student import Student
 from matkv.errors import UnsupportedModelError
-from matkv.ranks import SIDES, RankTable
+from matkv.ranks import RankTable
 from matkv.schedule import Independent, uniform_rungs
 from tiny import Tiny
 
@@ -86,9 +86,11 @@ def test_a_student_like_its_teacher_has_no_divergence() -> None:
 def test_the_student_attends_as_the_attached_model_does(family: Tiny) -> None:
     """At random ranks, before training, on every kind of model."""
     model, artifact = family.model, family.artifact
+    full = RankTable.full(artifact.geometry)
     axes = rank_axes(artifact.geometry)
     sizes = Independent(axes).draw(0, torch.Generator().manual_seed(0))[0]
-    table = replace_ranks(artifact, sizes)
+    cells = [(layer, side, head) for layer, side, head, _ in full.growing_ranks()]
+    table = full.changed(dict(zip(cells, sizes, strict=True)))
     assert sizes_of(table) == sizes
     ids_BT = text(2, 12)
     matkv.attach(model, artifact, ranks=table)
@@ -114,14 +116,6 @@ def test_the_student_keeps_as_many_tokens_exact_as_the_cache(llama: Tiny) -> Non
         student._project(student.bases(torch.tensor([sizes_of(table)])))
         found = model(ids_BT, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def replace_ranks(artifact: Artifact, sizes: tuple[int, ...]) -> RankTable:
-    full = RankTable.full(artifact.geometry)
-    ranks: dict[str, Any] = {side: [list(row) for row in full.side(side)] for side in SIDES}
-    for (layer, side, head, _), size in zip(full.growing_ranks(), sizes, strict=True):
-        ranks[side][layer][head] = size
-    return RankTable.from_json(artifact.geometry, ranks)
 
 
 def test_at_full_rank_the_untrained_student_is_the_teacher(llama: Tiny) -> None:
@@ -161,8 +155,6 @@ def test_padding_and_ignored_labels_change_nothing(llama: Tiny) -> None:
 
 
 def gradients(tiny: Tiny, config: DistillConfig) -> list[Tensor]:
-    from matkv.distill.stage import _borrowed
-
     student = student_of(tiny).train()
     with _borrowed(tiny.model, config), student.attending():
         student.train()
@@ -192,4 +184,4 @@ def test_a_model_that_scales_its_logits_is_refused(llama: Tiny) -> None:
 
     model.forward = scaled
     with pytest.raises(UnsupportedModelError, match="scales or caps its logits"):
-        Student(model, Bases(llama.artifact, "cayley"), LossWeights())
+        distill(model, llama.artifact, text(), quick())

@@ -90,11 +90,9 @@ def expand(
     N, device = text.sequences, model.device
     kl_N = torch.zeros(N, dtype=torch.float64, device=device)
     grads = {
-        (layer, side): torch.zeros(
-            N, samples + 1, *projection.gates[side].shape[-2:], device=device
-        )
+        (layer, side): torch.zeros(N, samples + 1, *gate.shape[-2:], device=device)
         for layer, projection in gated.items()
-        for side in SIDES
+        for side, gate in projection.gates.items()
     }
     with _frozen(model):
         for piece in text.mine:

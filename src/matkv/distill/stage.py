@@ -29,7 +29,7 @@ from matkv.distill.config import DistillConfig
 from matkv.distill.end_to_end import DistillTrainer, Probe, train_end_to_end, training_arguments
 from matkv.distill.examples import Examples, TrainingSet, as_batch, as_example, longest_of
 from matkv.distill.local import fit_locally
-from matkv.distill.student import Student
+from matkv.distill.student import Student, check_head
 from matkv.errors import TrainingError
 from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import measure_energy
@@ -121,6 +121,7 @@ class _Run:
         resume_from: Path | None,
     ) -> None:
         config = self.config
+        check_head(self.model)
         adapters = self._adapters()
         try:
             student = Student(self.model, self.bases, config, adapters, recent=self.recent)

@@ -31,9 +31,9 @@ from matkv.ranks import Side
 class Student(nn.Module):
     """Model and bases together; `forward` is the loss of a batch.
 
-    Only bases and adapters learn. The `recent` tokens before a query are exact.
-    `attending()` must be open during forward and backward passes, because gradient checkpointing
-    runs layers again backwards.
+    The model must have passed `check_head`. Only bases and adapters learn. The `recent` tokens
+    before a query are exact. `attending()` must be open during forward and backward passes, because
+    gradient checkpointing runs layers again backwards.
     """
 
     accepts_loss_kwargs = True  # transformers' Trainer then passes `num_items_in_batch`
@@ -48,7 +48,6 @@ class Student(nn.Module):
         recent: int = 0,
     ) -> None:
         super().__init__()
-        _check_head(model)
         self.model, self.bases, self.weights, self.adapters = model, bases, weights, adapters
         self.projected = {layer: Projected(recent) for layer, _ in bases.heads}
         # Every process has loaded the same weights: DDP need not send what does not learn.
@@ -124,7 +123,7 @@ class Student(nn.Module):
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Make sure that logits are the output embeddings of the last hidden states, and no more.
 
     Raises:
