@@ -19,6 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+from torch import Tensor
+
 from matkv.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -93,6 +96,22 @@ def replacing(path: Path) -> Iterator[Path]:
         # Its folder may be what could not be made; that error must not hide behind this one.
         with suppress(OSError):
             new.unlink()
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file that has reached the disk afterwards.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    # Not save_file(), whose files nobody but their owner may read, whatever the umask.
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

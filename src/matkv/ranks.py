@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from matkv.errors import BudgetError, RankError
 from matkv.files import digest
@@ -21,6 +21,7 @@ from matkv.schedule import whole_grains
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
 Cell = tuple[int, Side, int]  # layer, side, head
+Size = Annotated[int, Field(strict=True, gt=0, le=2**31 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,9 @@ class LayerShape:
     `window` is the layer's sliding window in tokens; None means that it keeps every token.
     """
 
-    kv_heads: int
-    head_dim: int
-    window: int | None = None
+    kv_heads: Size
+    head_dim: Size
+    window: Size | None = None
 
     @property
     def grows(self) -> bool:
@@ -48,7 +49,7 @@ class LayerShape:
 class Geometry:
     """The shape of a model's cache: `query_heads` of every layer, and each layer's `LayerShape`."""
 
-    query_heads: int
+    query_heads: Size
     layers: tuple[LayerShape, ...]
 
     @property
@@ -63,11 +64,6 @@ class Geometry:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Geometry:
-        layers = tuple(LayerShape(**layer) for layer in data["layers"])
-        return cls(query_heads=data["query_heads"], layers=layers)
 
 
 def default_step(head_dim: int) -> int:

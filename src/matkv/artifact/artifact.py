@@ -11,9 +11,7 @@ Nothing is pickled, and a kill or a full disk while saving leaves the old artifa
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,25 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matkv.artifact.config import CONFIG, damaged, read_config, write_config
 from matkv.artifact.history import Distilled, Entry, entries
 from matkv.artifact.lora import Lora
 from matkv.artifact.storage import (
     BASES,
-    CONFIG,
-    FORMAT_VERSION,
     LORA,
     check_target,
     checksum,
     checksum_of_all,
     plain,
     read_bases,
-    read_config,
     read_lora,
-    save_tensors,
 )
 from matkv.bases.maps import Maps, SideBases
-from matkv.errors import ArtifactError, FingerprintError, RankError
-from matkv.files import digest, recover_directory, replacing_directory
+from matkv.errors import ArtifactError, BudgetError, FingerprintError, RankError
+from matkv.files import digest, recover_directory, replacing_directory, save_tensors
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
 
 logger = logging.getLogger(__name__)
@@ -165,23 +160,20 @@ class Artifact:
         save_tensors(tensors, directory / BASES)
         if self.lora is not None:
             self.lora.write(directory / LORA)
-        config = {
-            "format": "matkv",
-            "format_version": FORMAT_VERSION,
-            "base_model": self.base_model,
-            "geometry": self.geometry.to_json(),
-            "fingerprint": list(self.fingerprint),
-            "bases_sha256": checksum(directory / BASES),
-            "lora_sha256": checksum_of_all(directory / LORA),
-            "sink": self.sink,
-            "recent": self.recent,
-            "tables": {str(b): t.to_json() for b, t in sorted(self.tables.items())},
-            "history": list(self.history),
-        }
-        with (directory / CONFIG).open("w", encoding="utf-8") as file:
-            json.dump(config, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_config(
+            directory,
+            {
+                "base_model": self.base_model,
+                "geometry": self.geometry.to_json(),
+                "fingerprint": list(self.fingerprint),
+                "bases_sha256": checksum(directory / BASES),
+                "lora_sha256": checksum_of_all(directory / LORA),
+                "sink": self.sink,
+                "recent": self.recent,
+                "tables": {str(b): t.to_json() for b, t in sorted(self.tables.items())},
+                "history": list(self.history),
+            },
+        )
 
     # ---- loading
 
@@ -194,29 +186,21 @@ class Artifact:
         """
         directory = Path(path).resolve()
         recover_directory(directory)
-        config = read_config(directory)
+        stored = read_config(directory)
         try:
-            geometry = Geometry.from_json(config["geometry"])
-            tables = {
-                float(budget): RankTable.from_json(geometry, table)
-                for budget, table in config["tables"].items()
-            }
             return cls(
-                base_model=str(config["base_model"]),
-                geometry=geometry,
-                fingerprint=tuple(float(weight) for weight in config["fingerprint"]),
-                bases=read_bases(directory / BASES, geometry, config["bases_sha256"]),
-                tables=tables,
-                sink=int(config["sink"]),
-                recent=int(config["recent" if config["format_version"] > 1 else "window"]),
-                history=tuple(config["history"]),
-                lora=read_lora(directory / LORA, config.get("lora_sha256")),
+                base_model=stored.base_model,
+                geometry=stored.geometry,
+                fingerprint=stored.fingerprint,
+                bases=read_bases(directory / BASES, stored.geometry, stored.bases_sha256),
+                tables=stored.rank_tables(),
+                sink=stored.sink,
+                recent=stored.recent,
+                history=stored.history,
+                lora=read_lora(directory / LORA, stored.lora_sha256),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RankError) as error:
-            raise ArtifactError(
-                f"{directory / CONFIG} is damaged ({type(error).__name__}: {error}): restore it, "
-                "or calibrate again"
-            ) from error
+        except (KeyError, ValueError, BudgetError, RankError) as error:
+            raise damaged(directory, error) from error
 
 
 def _close(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from matkv.files import save_tensors
 
 LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -41,12 +43,21 @@ class Lora:
         directory.mkdir()
         text = json.dumps(self.config, indent=1)
         (directory / LORA_CONFIG).write_text(text, encoding="utf-8")
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()
-        }
-        save_file(tensors, directory / LORA_WEIGHTS, metadata={"format": "pt"})
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.tensors.items()}
+        save_tensors(tensors, directory / LORA_WEIGHTS, {"format": "pt"})
 
     @classmethod
     def read(cls, directory: Path) -> Lora:
+        """The adapters of a directory.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError, SafetensorError: they are damaged.
+        """
         config = json.loads((directory / LORA_CONFIG).read_text(encoding="utf-8"))
-        return cls(config, load_file(directory / LORA_WEIGHTS))
+        if not (type(config["r"]) is int and config["r"] > 0 and config["lora_alpha"] >= 0):
+            raise ValueError(f"r {config['r']} and lora_alpha {config['lora_alpha']} are no scale")
+        lora = cls(config, load_file(directory / LORA_WEIGHTS))
+        for path, update_NM in lora.updates():
+            if not bool(update_NM.isfinite().all()):
+                raise ValueError(f"the adapter of {path} holds numbers that are not finite")
+        return lora

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matkv.artifact.config import CONFIG, read_config
 from matkv.artifact.records import Record, made
 from matkv.artifact.setting import FULL
-from matkv.artifact.storage import CONFIG, read_config
 from matkv.errors import ArtifactError
 from matkv.files import replacing
 
@@ -138,7 +138,7 @@ def _as_meant(rows: list[Record], run: Path) -> list[Record]:
     own: Record = {}
     if any("ranks" in row and "recent" not in row for row in rows) and (run / CONFIG).is_file():
         config = read_config(run)
-        own = {"sink": config.get("sink"), "recent": config.get("recent", config.get("window"))}
+        own = {"sink": config.sink, "recent": config.recent}
     full = [row | FULL if row.get("budget") is None else own | row for row in rows]
     return [new if "ranks" in row else row for row, new in zip(rows, full, strict=True)]
 
