@@ -132,9 +132,7 @@ def _parsed(path: Path) -> Any:
         data = path.read_bytes()
         depth, parts = _nesting(data)
         if depth > MAX_DEPTH or parts > MAX_PARTS:
-            raise damaged(
-                path, f"{parts:,} lists and objects nested {depth:,} deep are none of ours"
-            )
+            raise damaged(path, f"it has {parts:,} lists and objects, nested {depth:,} deep")
         return json.loads(data.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise damaged(path, error) from None

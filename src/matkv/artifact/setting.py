@@ -39,8 +39,8 @@ class Setting:
         if self.budget is not None:
             check_budget(self.budget)
         for name, tokens in (("sink", self.sink), ("recent", self.recent)):
-            if tokens is not None and tokens < 0:
-                raise RankError(f"{name} {tokens} must be a number of tokens, 0 for none")
+            if tokens is not None and (type(tokens) is not int or tokens < 0):
+                raise RankError(f"{name} {tokens} must be a whole number of tokens, 0 for none")
 
     def __str__(self) -> str:
         """What is special of it beside the budget; nothing of the plain one."""
