@@ -31,7 +31,7 @@ held_out = data.text_windows(tokenizer, data.read_texts(args.held_out, "validati
 # 3. Calibrate: one pass over the text gives ordered bases for every layer and KV head.
 calibrated = matkv.calibrate(model, data.batches(train, 8))
 
-# 4. Distill: train the bases, so that quality falls slowly. A few steps here; recipes/ has more.
+# 4. Distill: train the bases, so that quality falls slowly. A few steps here; recipes have more.
 recipe = DistillConfig(steps=8, batch_size=4, warmup_steps=2)
 artifact = distill(model, calibrated, train, recipe)
 artifact.save(args.out)

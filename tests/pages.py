@@ -16,7 +16,7 @@ from matkv import cli
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-RECIPES = tuple(sorted((ROOT / "recipes").glob("*.toml")))
+RECIPES = tuple(sorted((ROOT / "src" / "matkv" / "recipes").glob("*.toml")))
 PROGRAM: Any = typer.main.get_command(cli.app)
 
 

@@ -22,6 +22,7 @@ from matkv.artifact.setting import FULL, Setting
 from matkv.benchmark import decode
 from matkv.evaluate import needles, samples, tasks, texts
 from matkv.evaluate.positions import POSITIONS, positions
+from matkv.recipes import recipe_names
 from pages import (
     GUIDE,
     PAGES,
@@ -47,7 +48,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory in which every model is a tiny one and the default text is short."""
     save_model(tmp_path / "model")
     (tmp_path / "chats.jsonl").write_text(json.dumps(CHAT) + "\n")
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     model = matkv.load_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(matkv, "load_model", lambda name, **options: model)
@@ -104,9 +104,13 @@ def test_commands_and_links_exist(page: Path) -> None:
 
 
 def test_every_recipe_that_is_named_exists() -> None:
-    named = set(re.findall(r"recipes/[\w.-]+\.toml", "".join(p.read_text() for p in PAGES)))
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"--config ([a-z][\w.-]+)", pages))
     assert named
-    assert all((ROOT / recipe).is_file() for recipe in named)
+    assert named <= {*recipe_names(), *recipe_names("embed")}
+    table = GUIDE.read_text(encoding="utf-8").partition("| recipe |")[2].partition("\n\n")[0]
+    rows = re.findall(r"(?m)^\| (`[^|]*`) \|", table)
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(rows))) == recipe_names()
 
 
 def test_the_errors_that_the_guide_explains_are_raised_somewhere() -> None:

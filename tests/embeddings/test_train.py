@@ -21,10 +21,10 @@ from matkv.embeddings.run import check_out, read_made, save_model
 from matkv.embeddings.serve import trained_sizes
 from matkv.embeddings.train import Step, base_loss, fit, ladder_loss
 from matkv.errors import MatkvError, ModelError, SizeError, TrainingError
+from matkv.recipes import recipe_names
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich
 from tiny_embedders import HIDDEN, LAYERS, TEXTS, build
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 RUNGS = "1x8,2x16,4x32"
 WORDS = [f"{a} {b}" for a in TEXTS for b in ("today", "at night", "again", "in may")]
 PAIRS = {"anchor": WORDS, "positive": [f"so {text}" for text in WORDS]}
@@ -177,15 +177,15 @@ def test_settings_come_from_a_file_and_the_command_line_goes_first(tmp_path: Pat
     config = EmbedConfig.from_toml(tmp_path / "a.toml", steps=5, batch_size=None)
     assert (config.rungs, config.steps, config.lr, config.batch_size) == ("1x8", 5, 1, 64)
     assert EmbedConfig.from_dict(config.to_json()) == config
-    with pytest.raises(TrainingError, match="cannot read the recipe"):
+    with pytest.raises(TrainingError, match=r"no recipe '.*none.toml': .* one of embed-cpu"):
         EmbedConfig.from_toml(tmp_path / "none.toml")
     (tmp_path / "b.toml").write_text("steps = = 3")
     with pytest.raises(TrainingError, match="cannot read the recipe"):
         EmbedConfig.from_toml(tmp_path / "b.toml")
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("embed-*.toml")), ids=lambda path: path.stem)
-def test_every_recipe_can_be_read(recipe: Path) -> None:
+@pytest.mark.parametrize("recipe", recipe_names("embed"))
+def test_every_recipe_can_be_read(recipe: str) -> None:
     config = EmbedConfig.from_toml(recipe)
     assert config.make_schedule((6, 384)).draw(0, torch.Generator())[-1] == (6, 384)
 

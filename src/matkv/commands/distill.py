@@ -38,7 +38,9 @@ def distill_command(
     chats: Annotated[
         Path | None, typer.Option("--data", help=".jsonl of prompt and response, or of messages")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option("--config", help="settings as TOML")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--config", help="settings: a TOML file or a recipe's name")
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="local, end-to-end or both")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="independent, ladder, cycle or sandwich")

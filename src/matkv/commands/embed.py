@@ -55,7 +55,9 @@ def train_command(
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="directory of the model to write")],
-    recipe: Annotated[Path | None, typer.Option("--config", help="settings as TOML")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--config", help="settings: a TOML file or a recipe's name")
+    ] = None,
     rungs: RungsOpt = None,
     loss: Annotated[str | None, typer.Option(help="ranking or cosent (scored pairs)")] = None,
     schedule: Annotated[

@@ -12,6 +12,7 @@ from matkv.bases.learned import Parametrization
 from matkv.distill.losses import LossWeights
 from matkv.errors import TrainingError
 from matkv.ranks import Budget
+from matkv.recipes import find_recipe
 from matkv.schedule import (
     Axis,
     Cycle,
@@ -217,10 +218,12 @@ class DistillConfig(LossWeights):
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> DistillConfig:
-        """Settings from a TOML file; `overrides` that are not None replace the file's.
+        """Settings from a recipe, a TOML file or the name of one of the package's.
+
+        `overrides` that are not None replace the recipe's.
 
         Raises:
             TrainingError: the file cannot be read, or names a setting that does not exist.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
-        return merged(cls, read_recipe(path), given)
+        return merged(cls, read_recipe(find_recipe(path)), given)

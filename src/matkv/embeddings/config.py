@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +10,9 @@ from matkv.embeddings.data import LossName
 from matkv.embeddings.loss import Over
 from matkv.embeddings.rungs import Size, check, default_rungs, parse, size_axes
 from matkv.errors import TrainingError
+from matkv.recipes import find_recipe
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich, Schedule
+from matkv.settings import read_recipe
 
 ScheduleName = Literal["ladder", "cycle", "sandwich", "independent"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -118,18 +119,12 @@ class EmbedConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path | None, **overrides: Any) -> EmbedConfig:
-        """Settings from a TOML file; `overrides` that are not None replace the file's.
+        """Settings from a recipe, a TOML file or a name; `overrides` that are not None replace its.
 
         Raises:
             TrainingError: the file cannot be read, or names a setting that does not exist.
         """
-        data: dict[str, Any] = {}
-        if path is not None:
-            try:
-                with Path(path).open("rb") as file:
-                    data = tomllib.load(file)
-            except (OSError, tomllib.TOMLDecodeError) as error:
-                raise TrainingError(f"cannot read the recipe {path}: {error}") from error
+        data = {} if path is None else dict(read_recipe(find_recipe(path, "embed")))
         data |= {option: value for option, value in overrides.items() if value is not None}
         return cls.from_dict(data)
 

@@ -18,7 +18,7 @@ from matkv.report.runs import Run, percent, slug, styles, title_of
 MAPS = 4
 HELD = 0.9
 ALLOCATE = "matkv allocate RUN --budget 0.75 --budget 0.5 --budget 0.375"
-DISTILL = "matkv distill RUN --config recipes/default-cpu.toml"
+DISTILL = "matkv distill RUN --config default-cpu"
 
 
 # ---- ranks
