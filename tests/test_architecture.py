@@ -24,7 +24,7 @@ artifact latents
 attention report embeddings
 cache
 hf
-calibrate distill allocate evaluate benchmark plan
+calibrate distill allocate evaluate benchmark plan doctor
 __init__
 commands
 cli

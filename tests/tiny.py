@@ -119,7 +119,7 @@ def tiny(name: str) -> Tiny:
     return Tiny(model, matkv.calibrate(model, [tokens(4, 48, seed=7)]))
 
 
-def save_model(directory: Path, dtype: str = "float32") -> None:
+def save_model(directory: Path, dtype: str = "float32", seed: int = 0) -> None:
     """A tiny Llama with a tokenizer of bytes and a chat template, as a model directory."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<eos>": 0, **{letter: index for index, letter in enumerate(alphabet, start=1)}}
@@ -140,7 +140,7 @@ def save_model(directory: Path, dtype: str = "float32") -> None:
         eos_token_id=0,
         bos_token_id=None,
     )
-    with seeded(0):
+    with seeded(seed):
         model = transformers.LlamaForCausalLM(config)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
+from matkv import __version__
 from matkv.commands import console
 from matkv.commands.allocate import allocate_command
 from matkv.commands.benchmark import benchmark_command
@@ -17,6 +19,7 @@ from matkv.commands.calibrate import calibrate_command
 from matkv.commands.chat import chat_command
 from matkv.commands.demo import demo_command
 from matkv.commands.distill import distill_command
+from matkv.commands.doctor import doctor_command
 from matkv.commands.embed import embed_app
 from matkv.commands.evaluate import evaluate_command
 from matkv.commands.generate import generate_command
@@ -46,7 +49,26 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "chat": chat_command,
     "inspect": inspect_command,
+    "doctor": doctor_command,
 }
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"matkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    """What comes before the command."""
+
+
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(embed_app, name="embed")

@@ -25,8 +25,7 @@ def made(**settings: Any) -> Record:
         "date": date.today().isoformat(),
         "command": command_line(),
         "hardware": hardware(),
-        "versions": {name: _version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         **settings,
     }
 
@@ -36,6 +35,12 @@ def weights_digest(model: Path) -> str:
     files = sorted(model.rglob("*.safetensors"))
     names = (path.relative_to(model).as_posix().encode() for path in files)
     return digest(*names, *(path.read_bytes() for path in files))
+
+
+def versions() -> dict[str, str]:
+    """Of matkv, of what it stands on, and of Python."""
+    found = {name: _version(name) for name in PACKAGES}
+    return found | {"python": platform.python_version()}
 
 
 def command_line() -> str:

@@ -1,0 +1,60 @@
+"""matkv doctor: what is on this machine, and whether an artifact fits its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from matkv.commands import console
+from matkv.commands.options import DeviceOpt, JsonOpt, ModelOpt, TrustOpt, open_run
+from matkv.commands.tables import facts
+from matkv.doctor import examine, fit
+from matkv.errors import ArtifactError
+
+
+def doctor_command(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="artifact to check against its model")
+    ] = None,
+    model_name: ModelOpt = None,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what this machine has: versions, device, dtype and why, threads and speed."""
+    found = examine(device)
+    if not as_json:
+        console.out.print(facts("this machine", _lines(found)))
+    if run is not None:
+        artifact, model, _ = open_run(run, model_name, "auto", device, trust_remote_code)
+        found["artifact"] = {"run": str(run), "base_model": artifact.base_model} | fit(
+            artifact, model
+        )
+    if as_json:
+        console.print_json(found)
+    if run is not None:
+        _tell_fit(found["artifact"], quiet=as_json)
+
+
+def _tell_fit(checked: dict[str, Any], *, quiet: bool) -> None:
+    if not checked["fits"]:
+        raise ArtifactError(checked["why"])
+    if not quiet:
+        console.out.print(escape(f"{checked['run']} fits {checked['base_model']}"))
+
+
+def _lines(found: dict[str, Any]) -> dict[str, str]:
+    speeds = ", ".join(f"{name} {speed:g}" for name, speed in found["gflops"].items())
+    lines = {
+        **found["versions"],
+        "hardware": found["hardware"],
+        "devices": ", ".join(found["devices"]),
+        "threads": str(found["threads"]),
+        "instructions": found["instructions"],
+        "dtype of bfloat16 weights": f"{found['dtype']}: {found['reason']}",
+        "GFLOP/s of products": speeds,
+    }
+    return lines | {f"{part} needs": install for part, install in found["missing"].items()}
