@@ -27,6 +27,7 @@ PARTS = {
     "default text": (("gensim",), "pip install gensim==4.4.0"),
     "distill": (("accelerate", "peft", "datasets"), "pip install accelerate peft datasets"),
     "evaluate --tasks": (("lm_eval", "datasets"), "pip install lm-eval datasets"),
+    "embed": (("sentence_transformers",), "pip install sentence-transformers"),
     "report": (("matplotlib", "jinja2"), "pip install matplotlib jinja2"),
 }
 STORED = torch.bfloat16  # what most models are stored in

@@ -21,7 +21,7 @@ from matkv.errors import MatkvError
 
 if find_spec("sentence_transformers") is None:
     raise MatkvError(
-        "embedding models need the package sentence-transformers: pip install 'matkv[embeddings]'"
+        "embedding models need the package sentence-transformers: pip install sentence-transformers"
     )
 
 from matkv.embeddings.evaluator import RungEvaluator, RungTable, rung_table
