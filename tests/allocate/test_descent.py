@@ -11,7 +11,7 @@ import pytest
 from matkv.allocate.config import Constraints
 from matkv.allocate.descent import Descent, descend, uniform_descent
 from matkv.allocate.space import Space
-from matkv.errors import BudgetError, RankError
+from matkv.errors import RankError
 from matkv.ranks import SIDES, Geometry, LayerShape, RankTable
 
 GEOMETRY = Geometry(
@@ -101,13 +101,6 @@ def test_the_budget_is_used_up_to_one_step() -> None:
         assert budget - path.table(path.count_for(budget)).budget < 1 / 96 + 1e-9
 
 
-def test_steps_go_down_from_the_head_dim_to_the_lowest_rank() -> None:
-    assert Constraints().ladder(12, 5) == (12, 7, 2, 0)
-    assert Constraints(min_rank=3).ladder(12, 4) == (12, 8, 4, 3)
-    assert Constraints(multiple=8).ladder(20, 1) == (20, 16, 8, 0)
-    assert Constraints(multiple=8, max_rank=18, min_rank=5).ladder(20, 8) == (16, 8)
-
-
 def test_convex_costs_give_the_cheapest_table_of_every_size() -> None:
     space = Space.of(SMALL, Constraints(step=1))
     costs = random_costs(space, 3, convex=True)
@@ -173,40 +166,9 @@ def test_protected_and_sliding_layers_stay_full() -> None:
         assert table.side(side) == ((12, 12), (12, 12), (0, 0))
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"step": 0}, "step 0"),
-        ({"multiple": 0}, "multiple 0"),
-        ({"min_rank": -1}, "min_rank -1"),
-        ({"min_rank": 8, "max_rank": 4}, "max_rank 4"),
-    ],
-)
-def test_impossible_constraints_are_named(options: dict[str, int], named: str) -> None:
-    with pytest.raises(RankError, match=named):
-        Constraints(**options)  # type: ignore[arg-type]
-
-
-def test_constraints_that_do_not_fit_the_model_are_named() -> None:
-    with pytest.raises(RankError, match=r"no multiple of 8 lies in 5\.\.7"):
-        Space.of(GEOMETRY, Constraints(multiple=8, min_rank=5, max_rank=7))
-    with pytest.raises(RankError, match="layer 1 is not among"):
-        Space.of(GEOMETRY, Constraints(protected=(1,)))
-    with pytest.raises(RankError, match="no rank to give up"):
-        Space.of(GEOMETRY, Constraints(protected=(0, 2)))
-    with pytest.raises(BudgetError, match=r"below 0\.5"):
-        Space.of(GEOMETRY, Constraints(min_rank=6)).check_budget(0.4)
-
-
 def test_a_path_checks_its_drops() -> None:
     space = Space.of(SMALL, Constraints(step=2))
     with pytest.raises(RankError, match="dropped 3 times"):
         Descent(space, (0, 0, 0))
     with pytest.raises(RankError, match="unit 9"):
         Descent(space, (9,))
-
-
-def test_ranks_stop_at_the_smallest_trained_unless_told_otherwise() -> None:
-    assert Constraints().above(3).ladder(12, 4) == (12, 8, 4, 3)
-    assert Constraints(min_rank=0).above(3).ladder(12, 4) == (12, 8, 4, 0)
-    assert Constraints(max_rank=2).above(3).ladder(12, 4) == (2,)

@@ -8,25 +8,11 @@ from typing import Any
 
 import pytest
 
-from lessons import quick, text
-from matkv.distill.bases import rank_axes
+from lessons import quick
 from matkv.distill.config import DistillConfig, LoraSettings
-from matkv.distill.examples import TrainingSet
 from matkv.distill.stage import distill
 from matkv.errors import DataError, TrainingError
-from matkv.schedule import Independent
 from tiny import Tiny
-
-
-def test_every_epoch_meets_every_example_once_in_a_new_order(llama: Tiny) -> None:
-    axes = rank_axes(llama.artifact.geometry)
-    data = TrainingSet(text(10), Independent(axes), batch_size=5, steps=4, draw="step", seed=0)
-    order = [tuple(data[position]["input_ids"].tolist()) for position in range(20)]
-    assert sorted(order[:10]) == sorted(order[10:]) == sorted(map(tuple, text(10).tolist()))
-    assert order[:10] != order[10:]
-    sizes = [tuple(data[position]["sizes"].flatten().tolist()) for position in range(20)]
-    assert len(set(sizes)) == 4
-    assert sizes[0] == sizes[4] != sizes[5]
 
 
 def test_an_empty_text_is_refused(llama: Tiny) -> None:

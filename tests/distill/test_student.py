@@ -1,4 +1,4 @@
-"""The distillation loss and the student, on tiny models."""
+"""The student, on tiny models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import matkv
 from lessons import quick, text
 from matkv.distill.bases import Bases, rank_axes, sizes_of
 from matkv.distill.config import DistillConfig
 from matkv.distill.examples import collate
-from matkv.distill.losses import LossWeights, distillation_loss
+from matkv.distill.losses import LossWeights
 from matkv.distill.stage import _borrowed, distill
 from matkv.distill.student import Student
 from matkv.errors import UnsupportedModelError
@@ -36,51 +36,6 @@ def batch_for(student: Student, tiny: Tiny, draws: int = 1) -> dict[str, Tensor]
         sizes = [Independent(axes).draw(0, source)[0] for _ in range(draws)]
         items.append({"input_ids": ids_T, "labels": ids_T, "sizes": torch.tensor(sizes)})
     return collate(items)
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [
-        LossWeights(),
-        LossWeights(kl=0.25, ce=0.75),
-        LossWeights(temperature=2.0),
-        LossWeights(kl=0.0, ce=1.0),
-        LossWeights(kl=1.0, ce=0.5, temperature=0.5),
-    ],
-    ids=str,
-)
-def test_chunks_give_the_loss_and_gradient_of_the_formula(weights: LossWeights) -> None:
-    torch.manual_seed(0)
-    head = nn.Linear(8, 30).requires_grad_(False)
-    hidden_KNM = torch.randn(2, 11, 8, requires_grad=True)
-    teacher_NM, label_N = torch.randn(11, 8), torch.randint(0, 30, (11,))
-    tau = weights.temperature
-    teacher_NV = head(teacher_NM).div(tau).log_softmax(-1)
-    expected = []
-    for hidden_NM in hidden_KNM:
-        student_NV = head(hidden_NM)
-        kl = F.kl_div(
-            (student_NV / tau).log_softmax(-1), teacher_NV, reduction="sum", log_target=True
-        )
-        ce = F.cross_entropy(student_NV, label_N, reduction="sum")
-        expected.append(weights.kl * tau**2 * kl + weights.ce * ce)
-    (wanted,) = torch.autograd.grad(expected[0] + 3 * expected[1], hidden_KNM)
-    for chunk in (1, 4, 100):
-        loss_K = distillation_loss(head, hidden_KNM, teacher_NM, label_N, weights, chunk=chunk)
-        torch.testing.assert_close(loss_K, torch.stack(expected), rtol=1e-4, atol=1e-4)
-        (grad,) = torch.autograd.grad(loss_K[0] + 3 * loss_K[1], hidden_KNM)
-        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_a_student_like_its_teacher_has_no_divergence() -> None:
-    hidden_NM = torch.randn(5, 8)
-    loss_K = distillation_loss(
-        nn.Linear(8, 30), hidden_NM[None], hidden_NM, torch.zeros(5).long(), LossWeights(), chunk=2
-    )
-    assert abs(float(loss_K)) < 1e-5
-
-
-# ---- the student
 
 
 def test_the_student_attends_as_the_attached_model_does(family: Tiny) -> None:

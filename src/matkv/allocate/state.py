@@ -37,20 +37,19 @@ class SearchState:
         self.rounds: list[Round] = []
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         if path is not None:
-            lines = self._read(path) if self.writes else []
-            self.rounds = [_round(line) for line in _shared(lines)]
+            self.rounds = _shared(self._read(path) if self.writes else [])
 
     @property
     def drops(self) -> list[int]:
-        return [unit for one in self.rounds for unit in one.drops]
+        return [unit for done in self.rounds for unit in done.drops]
 
     def add(self, drops: Sequence[int], kl: float, seconds: float) -> None:
         self.rounds.append(Round(tuple(drops), kl, seconds))
         if self.path is not None and self.writes:
             self._append(self.path, asdict(self.rounds[-1]))
 
-    def _read(self, path: Path) -> list[str]:
-        """Lines of whole rounds; a last line cut off by a kill is removed."""
+    def _read(self, path: Path) -> list[Round]:
+        """Whole rounds; a last line cut off by a kill is removed."""
         if not path.exists():
             self._append(path, {"search": self.digest})
             return []
@@ -59,15 +58,15 @@ class SearchState:
             whole = text[: text.rfind("\n") + 1]
             if whole != text:
                 path.write_text(whole, encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            head, *lines = whole.splitlines() or [""]
+            if head == json.dumps({"search": self.digest}):
+                return [_round(line) for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise MatkvError(f"cannot resume from {path}: {error}; delete it") from error
-        head, *lines = whole.splitlines() or [""]
-        if head != json.dumps({"search": self.digest}):
-            raise MatkvError(
-                f"{path} belongs to a search with other settings, text or bases: repeat those to "
-                "resume it, or delete it to start anew"
-            )
-        return lines
+        raise MatkvError(
+            f"{path} belongs to a search with other settings, text or bases: repeat those to "
+            "resume it, or delete it to start anew"
+        )
 
     def _append(self, path: Path, record: dict[str, object]) -> None:
         try:
@@ -80,13 +79,14 @@ class SearchState:
 
 def _round(line: str) -> Round:
     record = json.loads(line)
-    return Round(tuple(record["drops"]), record["kl"], record["seconds"])
+    drops = tuple(int(unit) for unit in record["drops"])
+    return Round(drops, float(record["kl"]), float(record["seconds"]))
 
 
-def _shared(lines: list[str]) -> list[str]:
-    """The first process's lines, in every process."""
+def _shared(rounds: list[Round]) -> list[Round]:
+    """The first process's rounds, in every process."""
     if dist.is_initialized():
-        box = [lines]
+        box = [rounds]
         dist.broadcast_object_list(box)
         return box[0]
-    return lines
+    return rounds

@@ -84,5 +84,5 @@ class Verifier:
 
 
 def own_budget(table: RankTable) -> float:
-    """A table's budget, rounded up to a hundredth of a percent."""
-    return math.ceil(table.budget * 1e4 - TINY) / 1e4
+    """A table's budget, rounded up to a hundredth of a percent, and one of these at least."""
+    return max(1, math.ceil(table.budget * 1e4 - TINY)) / 1e4

@@ -1,17 +1,12 @@
-"""Checkpoints of what is learned, and the randomness that a run owns."""
+"""Checkpoints of what is learned."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -61,19 +56,6 @@ def check_same_run(config: DistillConfig, start: str, run: dict[str, Any]) -> No
             f"the checkpoint was made with {changes}: resume with the same settings, or start anew "
             "without resume"
         )
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Seed the global generators, which the Trainer and peft use, and give them back as before."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
 
 
 def whole(parameter: nn.Parameter) -> Tensor:

@@ -24,12 +24,13 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from matkv.bases.learned import ADAM_EPSILON
 from matkv.data.batch import Batch
-from matkv.distill.checkpoints import check_same_run, like, own_randomness, whole
+from matkv.distill.checkpoints import check_same_run, like, whole
 from matkv.distill.config import DistillConfig
 from matkv.distill.examples import TrainingSet, collate
 from matkv.distill.student import Student
 from matkv.errors import TrainingError
 from matkv.progress import CurvePoint, Interrupt, OnProgress, Progress, Spent
+from matkv.randomness import own_randomness
 from matkv.schedule import Sizes
 
 LEARNED, RUN = "learned.safetensors", "run.json"

@@ -24,7 +24,7 @@ from matkv.artifact.lora import Lora
 from matkv.bases.maps import SideBases
 from matkv.distill.adapters import Adapters
 from matkv.distill.bases import Bases, rank_axes, sizes_of
-from matkv.distill.checkpoints import last_checkpoint, own_randomness, remove_checkpoints
+from matkv.distill.checkpoints import last_checkpoint, remove_checkpoints
 from matkv.distill.config import DistillConfig
 from matkv.distill.end_to_end import DistillTrainer, Probe, train_end_to_end, training_arguments
 from matkv.distill.examples import Examples, TrainingSet, as_batch, as_example, longest_of
@@ -35,6 +35,7 @@ from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import measure_energy
 from matkv.hf.weights import fingerprint
 from matkv.progress import Interrupt, OnProgress, Spent
+from matkv.randomness import own_randomness
 from matkv.ranks import SIDES
 from matkv.schedule import Axis, Schedule, uniform_rungs
 

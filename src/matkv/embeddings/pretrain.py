@@ -29,6 +29,7 @@ from transformers import BertForMaskedLM, BertModel, PreTrainedTokenizerBase
 
 from matkv.embeddings.rungs import Size, check, name
 from matkv.errors import TrainingError, UnsupportedModelError
+from matkv.randomness import own_randomness
 
 IGNORED = -100  # a label that no loss reads
 
@@ -116,8 +117,7 @@ def masked_lm(embedder: SentenceTransformer, *, seed: int = 0) -> BertForMaskedL
         raise UnsupportedModelError(
             f"{type(backbone).__name__} is no BertModel: masked autoencoding needs one"
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with own_randomness(seed):
         model = BertForMaskedLM(copy.deepcopy(backbone.config))
     moved: nn.Module = model  # whose `to` has the usual types
     moved.to(device=backbone.device, dtype=backbone.dtype)

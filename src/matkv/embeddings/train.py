@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
@@ -34,6 +31,7 @@ from matkv.embeddings.loss import LadderLoss
 from matkv.embeddings.rungs import full_size
 from matkv.errors import TrainingError
 from matkv.progress import Interrupt
+from matkv.randomness import own_randomness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,19 +188,6 @@ def _cut_texts(model: SentenceTransformer, tokens: int | None) -> Iterator[None]
         yield
     finally:
         model.max_seq_length = before
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Seed the global generators, which the Trainer uses, and give them back as before."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
 
 
 def _parts(entry: dict[str, Any]) -> dict[str, float]:

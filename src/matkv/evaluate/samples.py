@@ -18,6 +18,7 @@ from matkv.cache.cache import LatentCache
 from matkv.errors import MatkvError
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
+from matkv.randomness import own_randomness
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -74,20 +75,20 @@ def generate(
     if not ids:
         raise MatkvError("the prompt is empty: say something to the model")
     check_positions(model, len(ids), max_new_tokens)
-    torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
     ids_BT = torch.tensor([ids], device=model.device)
-    output_BT = model.generate(  # type: ignore[operator]
-        input_ids=ids_BT,
-        attention_mask=torch.ones_like(ids_BT),
-        past_key_values=cache,
-        streamer=streamer,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **sampling,
-    )
+    with own_randomness(seed):
+        output_BT = model.generate(  # type: ignore[operator]
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            past_key_values=cache,
+            streamer=streamer,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **sampling,
+        )
     return [int(token) for token in output_BT[0, len(ids) :]]
 
 
