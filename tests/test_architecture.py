@@ -16,7 +16,7 @@ PACKAGE = Path(matkv.__file__).parent
 # A wing is a folder, or a file beside the folders. It imports lower floors only; wings of one floor
 # never import one another. A wing without a floor has to find its place here first.
 FLOORS = """
-errors progress logits randomness
+errors progress logits
 files schedule settings recipes
 ranks data models
 bases

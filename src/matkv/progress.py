@@ -1,14 +1,17 @@
-"""How a long stage tells where it stands, and is told to stop."""
+"""How a long stage tells where it stands, is told to stop, and draws numbers of its own."""
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -108,3 +111,16 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed torch's global generators meanwhile; give all global ones back as they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)

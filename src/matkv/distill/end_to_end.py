@@ -29,8 +29,7 @@ from matkv.distill.config import DistillConfig
 from matkv.distill.examples import TrainingSet, collate
 from matkv.distill.student import Student
 from matkv.errors import TrainingError
-from matkv.progress import CurvePoint, Interrupt, OnProgress, Progress, Spent
-from matkv.randomness import own_randomness
+from matkv.progress import CurvePoint, Interrupt, OnProgress, Progress, Spent, own_randomness
 from matkv.schedule import Sizes
 
 LEARNED, RUN = "learned.safetensors", "run.json"

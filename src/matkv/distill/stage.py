@@ -34,8 +34,7 @@ from matkv.errors import TrainingError
 from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import measure_energy
 from matkv.hf.weights import fingerprint
-from matkv.progress import Interrupt, OnProgress, Spent
-from matkv.randomness import own_randomness
+from matkv.progress import Interrupt, OnProgress, Spent, own_randomness
 from matkv.ranks import SIDES
 from matkv.schedule import Axis, Schedule, uniform_rungs
 

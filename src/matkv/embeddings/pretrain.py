@@ -29,7 +29,7 @@ from transformers import BertForMaskedLM, BertModel, PreTrainedTokenizerBase
 
 from matkv.embeddings.rungs import Size, check, name
 from matkv.errors import TrainingError, UnsupportedModelError
-from matkv.randomness import own_randomness
+from matkv.progress import own_randomness
 
 IGNORED = -100  # a label that no loss reads
 

@@ -30,8 +30,7 @@ from matkv.embeddings.config import EmbedConfig
 from matkv.embeddings.loss import LadderLoss
 from matkv.embeddings.rungs import full_size
 from matkv.errors import TrainingError
-from matkv.progress import Interrupt
-from matkv.randomness import own_randomness
+from matkv.progress import Interrupt, own_randomness
 
 
 @dataclass(frozen=True, kw_only=True)

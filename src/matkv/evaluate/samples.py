@@ -18,7 +18,7 @@ from matkv.cache.cache import LatentCache
 from matkv.errors import MatkvError
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
-from matkv.randomness import own_randomness
+from matkv.progress import own_randomness
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer

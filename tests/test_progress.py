@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from matkv.randomness import own_randomness
+from matkv.progress import own_randomness
 
 
 def drawn() -> tuple[float, float, float]:
