@@ -21,6 +21,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.benchmark.decode import twin
 from matkv.benchmark.timing import Spread
 from matkv.cache.cache import new_cache
+from matkv.cache.naming import cache_argument
 from matkv.hf.attach import attach
 from matkv.hf.geometry import geometry_of
 from matkv.models.load import load_model
@@ -41,12 +42,12 @@ def candidates(
 
 def read(model: PreTrainedModel, tokens_BT: torch.Tensor) -> None:
     """From a prompt to its cache and the logits after it."""
-    model(tokens_BT, past_key_values=new_cache(model), use_cache=True, logits_to_keep=1)
+    model(tokens_BT, **cache_argument(model, new_cache(model)), use_cache=True, logits_to_keep=1)
 
 
 def step(model: PreTrainedModel, cache: Cache, token_B1: torch.Tensor) -> None:
     """One more token."""
-    model(token_B1, past_key_values=cache, use_cache=True)
+    model(token_B1, **cache_argument(model, cache), use_cache=True)
 
 
 def filled(model: PreTrainedModel, context: int) -> Cache:

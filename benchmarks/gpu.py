@@ -48,6 +48,7 @@ from matkv.benchmark.attention import ragged_ranks
 from matkv.benchmark.decode import random_model
 from matkv.benchmark.timing import Spread, take_turns
 from matkv.cache import LatentCache, LatentLayer, StaticLatentCache, storage_nbytes
+from matkv.cache.naming import cache_argument
 from matkv.files import replacing
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
@@ -309,7 +310,8 @@ def _step(plan: Plan, model: PreTrainedModel, cache: Any, batch: int) -> Row:
         cache.update(_random(plan, *shape), _random(plan, *shape), layer)
     nbytes = storage_nbytes(cache)
     ids = torch.ones(batch, 1, dtype=torch.long, device=plan.device)
-    seconds = _median(plan, lambda: model(input_ids=ids, past_key_values=cache, use_cache=True))
+    given = cache_argument(model, cache)
+    seconds = _median(plan, lambda: model(input_ids=ids, **given, use_cache=True))
     return {"step_ms": 1e3 * seconds, "tokens_per_second": batch / seconds, "cache_bytes": nbytes}
 
 
@@ -321,7 +323,8 @@ def _graph(plan: Plan, model: PreTrainedModel, budget: float | None) -> Row:
     kind: Row = {"mode": "reduce-overhead"} if plan.device == "cuda" else {"backend": "eager"}
     compiled: Any = torch.compile(model.forward, fullgraph=plan.device == "cuda", **kind)
     ids = torch.ones(1, 1, dtype=torch.long, device=plan.device)
-    seconds = _median(plan, lambda: compiled(input_ids=ids, past_key_values=cache))
+    given = cache_argument(model, cache)
+    seconds = _median(plan, lambda: compiled(input_ids=ids, **given))
     torch.compiler.reset()
     return {"step_ms": 1e3 * seconds, "tokens_per_second": 1 / seconds}
 

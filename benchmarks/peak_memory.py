@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from matkv import calibrate
 from matkv.cache.cache import new_cache
+from matkv.cache.naming import cache_argument
 from matkv.hf.attach import attach
 from matkv.ranks import RankTable
 
@@ -42,7 +43,7 @@ def child(tokens: int, budget: float) -> int:
     with torch.inference_mode():
         for part_BT in ids_BT[:, :tokens].split(CHUNK, dim=1):
             if part_BT.numel():
-                model.get_decoder()(part_BT, past_key_values=cache, use_cache=True)
+                model.get_decoder()(part_BT, **cache_argument(model, cache), use_cache=True)
     return high_water_mark()
 
 

@@ -38,6 +38,8 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
+from matkv.cache.naming import cache_argument
+
 Row = dict[str, Any]
 
 
@@ -81,7 +83,7 @@ class Method:
     def read(self, model: Any, context_BT: Tensor) -> Any:
         """A cache that holds `context_BT`."""
         cache = self.new_cache(model)
-        model.get_decoder()(context_BT, past_key_values=cache, use_cache=True)
+        model.get_decoder()(context_BT, **cache_argument(model, cache), use_cache=True)
         return cache
 
     def held(self, cache: Any) -> tuple[float, float | None]:
@@ -163,7 +165,7 @@ def _chunk_loss(model: Any, cache: Any, window_T: Tensor, start: int, end: int) 
     positions_BT = torch.arange(start, end, device=window_T.device)[None]
     logits_TV = model(
         window_T[None, start:end],
-        past_key_values=cache,
+        **cache_argument(model, cache),
         position_ids=positions_BT,
         use_cache=True,
     ).logits[0]

@@ -28,6 +28,7 @@ from matkv.artifact.results import Kind
 from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.benchmark.timing import Spread, take_turns, thread_count, transient_bytes
 from matkv.cache.cache import LatentCache, storage_nbytes
+from matkv.cache.naming import cache_argument
 from matkv.errors import MatkvError
 from matkv.hf.attach import attach, detach
 from matkv.hf.geometry import geometry_of
@@ -209,10 +210,12 @@ def _situation(
     _fill(list(caches.values()), plain, batch, context, generator)
     ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=plain.device)
     steps: dict[str, Callable[[], object]] = {
-        c.name: partial(c.model, ids_B1, past_key_values=caches[c.name], use_cache=True)
+        c.name: partial(c.model, ids_B1, **cache_argument(c.model, caches[c.name]), use_cache=True)
         for c in candidates
     }
-    steps[EMPTY] = lambda: plain(ids_B1, past_key_values=candidates[0].new_cache(1), use_cache=True)
+    steps[EMPTY] = lambda: plain(
+        ids_B1, **cache_argument(plain, candidates[0].new_cache(1)), use_cache=True
+    )
     times = take_turns(steps, config.steps, warm_up=WARM_UP, device=plain.device)
     first_tokens = _first_tokens(candidates, config, context, batch)
     weights = sum(parameter.nbytes for parameter in plain.parameters())
@@ -256,7 +259,8 @@ def _first_tokens(
 
     def read(candidate: _Candidate) -> None:
         cache = candidate.new_cache(context)
-        candidate.model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        given = cache_argument(candidate.model, cache)
+        candidate.model(ids_BT, **given, use_cache=True, logits_to_keep=1)
 
     reads = {candidate.name: partial(read, candidate) for candidate in candidates}
     return take_turns(reads, config.first_token_rounds, warm_up=1, device=model.device)

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from matkv.cache.layer import LatentLayer
+from matkv.cache.naming import cache_argument
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
 
 
 class LatentCache(Cache):
-    """A cache of latents for an attached model, used as `past_key_values`.
+    """A cache of latents for an attached model, to generate with.
 
     Layers with a sliding window keep transformers' own layer at full width. `max_cache_len`
     reserves room for that many tokens at the first one, so that the buffers never grow.
@@ -105,14 +106,16 @@ def use_latents(cache: Cache, model: PreTrainedModel, *, max_cache_len: int | No
     lazy = getattr(cache, "layer_class_to_replicate", None)  # a DynamicCache() starts empty
     if lazy is not None:
         layers += [lazy() for _ in range(len(layers), max(projections) + 1)]
-    for index in projections:
+    # Assisted decoding with an early exit makes a cache for the first layers alone.
+    within = {index: one for index, one in projections.items() if index < len(layers)}
+    for index in within or projections:
         layer = layers[index] if index < len(layers) else None
         if type(layer) is not DynamicLayer or layer.is_initialized:
             raise CacheError(
                 f"layer {index} of the {type(cache).__name__} cannot take latents: pass "
-                "past_key_values=matkv.LatentCache(model), or none, to an attached model"
+                "matkv.LatentCache(model), or none, to an attached model"
             )
-    for index, projection in projections.items():
+    for index, projection in within.items():
         cache.layers[index] = LatentLayer(projection, max_cache_len)
 
 
@@ -137,5 +140,7 @@ def _layer_tensors(layer: Any) -> list[Tensor]:
 def full_states(model: PreTrainedModel, tokens_T: Tensor) -> Cache:
     """The full keys and values of a detached model after reading `tokens_T`."""
     cache = new_cache(model)
-    model.get_decoder()(tokens_T[None].to(model.device), past_key_values=cache, use_cache=True)
+    model.get_decoder()(
+        tokens_T[None].to(model.device), **cache_argument(model, cache), use_cache=True
+    )
     return cache

@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache
 NAMES = ("cache", "past_key_values")
 
 
-def cache_argument(model: Any, cache: Cache) -> dict[str, Cache]:
-    """`cache` as a keyword of the forward pass, and of `generate`, of this model."""
-    return {cache_name(type(model).forward): cache}
+def cache_argument(model: Any, cache: Cache | None) -> dict[str, Cache]:
+    """`cache`, if there is one, as a keyword of this model's forward pass and of its `generate`."""
+    return {} if cache is None else {cache_name(type(model).forward): cache}
 
 
 @remembered

@@ -24,6 +24,7 @@ from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
 from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.cache.cache import new_cache
+from matkv.cache.naming import cache_argument
 from matkv.data.haystacks import RECIPE, TESTS, HaystackConfig, Haystacks, Sample, Test
 from matkv.errors import DataError
 from matkv.hf.attach import attached, identified
@@ -138,16 +139,16 @@ def ask(
     """
     prompt_T, answer_A = sample.prompt_T.to(model.device), sample.answer_A.to(model.device)
     cache = new_cache(model)
-    model.get_decoder()(prompt_T[None, :-1], past_key_values=cache, use_cache=True)
+    model.get_decoder()(prompt_T[None, :-1], **cache_argument(model, cache), use_cache=True)
     twin = copy.deepcopy(cache)  # layers with a sliding window could not go back
     rest_A = torch.cat((prompt_T[-1:], answer_A[:-1]))
-    logits_AV = model(rest_A[None], past_key_values=cache, use_cache=True).logits[0]
+    logits_AV = model(rest_A[None], **cache_argument(model, cache), use_cache=True).logits[0]
     loss = float(F.cross_entropy(logits_AV.float(), answer_A))
     generate: Any = model.generate
     out_T = generate(
         prompt_T[None],
         attention_mask=torch.ones_like(prompt_T[None]),
-        past_key_values=twin,
+        **cache_argument(model, twin),
         max_new_tokens=len(answer_A) + SLACK,
         do_sample=False,
         num_beams=1,

@@ -15,6 +15,7 @@ from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
 from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.cache.cache import LatentCache
+from matkv.cache.naming import cache_argument
 from matkv.errors import MatkvError
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
@@ -83,7 +84,7 @@ def generate(
         output_BT = model.generate(  # type: ignore[operator]
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             streamer=streamer,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
