@@ -159,7 +159,7 @@ def attached_table(model: nn.Module) -> RankTable:
 
 def _exact(default: int, given: int | None, name: str) -> int:
     tokens = default if given is None else given
-    if tokens < 0:
+    if type(tokens) is not int or tokens < 0:
         raise RankError(f"{name} {tokens} must be a number of tokens, 0 for none")
     return tokens
 

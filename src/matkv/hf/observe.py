@@ -65,6 +65,8 @@ def collect_moments(
             that are not finite.
     """
     model = model_in(model)
+    if not isinstance(batches, Iterable):
+        raise DataError(f"batches are {str(batches)[:40]}: give a list of tensors of token ids")
     geometry = geometry_of(model.config)
     counter = _Counter(skip_first, model.config.get_text_config(decoder=True).vocab_size)
     recorders = {layer: Recorder(geometry.layers[layer], counter) for layer in geometry.growing}
