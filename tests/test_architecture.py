@@ -121,14 +121,16 @@ def test_files_and_functions_stay_small(name: str) -> None:
             assert lines <= FUNCTION_LINES, f"{name}.{node.name} has {lines} lines"
 
 
-def test_only_the_expected_names_are_exported() -> None:
-    assert sorted(matkv.__all__) == [
+def test_only_the_expected_names_and_every_error_are_exported() -> None:
+    errors = {name for name in vars(matkv.errors) if name.endswith("Error")}
+    assert errors <= {*matkv.__all__}
+    assert sorted({*matkv.__all__} - errors) == [
         "Artifact",
         "CalibrateConfig",
         "LatentCache",
-        "MatkvError",
         "RankTable",
         "attach",
+        "attached",
         "calibrate",
         "detach",
         "load_model",

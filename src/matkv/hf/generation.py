@@ -35,13 +35,16 @@ class PrepareForward:
 
     def __call__(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Raises:
         CacheError: the cache cannot take latents.
         UnsupportedModelError: attention weights are asked for, which latents do not give.
         """
         assert isinstance(decoder, PreTrainedModel)
-        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        named = dict(zip(self.names, args, strict=False))
+        if len(args) > len(named) or named.keys() & kwargs.keys():
+            return args, kwargs  # Python refuses the call
+        kwargs = named | kwargs
         config = decoder.config.get_text_config()
         if kwargs.get("output_attentions", config.output_attentions):
             raise UnsupportedModelError(
