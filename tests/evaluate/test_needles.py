@@ -20,6 +20,7 @@ import matkv.evaluate.positions as positions_module
 from matkv.artifact.results import Results
 from matkv.artifact.setting import Setting
 from matkv.cache.cache import LatentCache
+from matkv.cache.naming import cache_name
 from matkv.data.haystacks import HaystackConfig, Haystacks, Sample
 from matkv.errors import ArtifactError, BudgetError, DataError, FingerprintError
 from matkv.evaluate.needles import NEEDLE, NeedleConfig, ask, needles
@@ -125,11 +126,11 @@ def test_generation_and_loss_go_through_the_latent_cache(
     held: list[tuple[type, int, int]] = []
     original = subject.model.generate
 
-    def spy(prompt: Any, *, past_key_values: Any, **how: Any) -> Any:
-        cache = past_key_values
+    def spy(prompt: Any, **how: Any) -> Any:
+        cache = how[cache_name(type(subject.model).forward)]
         held.append((type(cache), cache.get_seq_length(), cache.used_nbytes))
         assert how["do_sample"] is False
-        return original(prompt, past_key_values=cache, **how)
+        return original(prompt, **how)
 
     monkeypatch.setattr(subject.model, "generate", spy)
     _, loss = ask(subject.model, tokenizer, sample)
