@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,18 +32,6 @@ from matkv.commands.tables import heatmap, tables_table
 from matkv.data.task_texts import text_batches, training_texts
 from matkv.errors import BudgetError
 from matkv.report.pictures.heatmap import save_heatmap
-
-
-def start(artifact: Artifact, kept: Path, resume: bool, *, keep: bool) -> Artifact:
-    """What a training starts from: kept beside its checkpoints, if it writes over the artifact."""
-    if resume and kept.is_dir():
-        return Artifact.load(kept)
-    if not resume and os.environ.get("RANK", "0") == "0":  # no process group is there yet
-        shutil.rmtree(kept, ignore_errors=True)
-        if keep:
-            artifact.save(kept)
-    return artifact
-
 
 # Sequences searched together have at most this many tokens: their logits are in memory at once.
 BATCH_TOKENS = 2048

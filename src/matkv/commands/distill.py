@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from matkv import data
 from matkv.artifact.storage import check_target
 from matkv.commands import console
-from matkv.commands.allocate import start
 from matkv.commands.bars import training_progress
 from matkv.commands.options import (
     DeviceOpt,
@@ -58,7 +56,9 @@ def distill_command(
     as_json: JsonOpt = False,
 ) -> None:
     """Train the bases of an artifact, so that quality falls slowly as the budget shrinks."""
-    from matkv.distill import distill  # needs the extra `train`, and takes seconds to import
+    # Needs the extra `train`, and takes seconds to import.
+    from matkv.distill import distill
+    from matkv.distill.checkpoints import finish, start_of
 
     target = out or run
     check_target(target)
@@ -70,9 +70,8 @@ def distill_command(
     artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
     examples, held_out = _examples(tokenizer, text, chats, config.sequence_length)
     checkpoints = target.with_name(f".{target.name}.checkpoints")
-    artifact = start(
-        artifact, checkpoints / "start", resume, keep=target.resolve() == run.resolve()
-    )
+    in_place = target.resolve() == run.resolve()
+    artifact = start_of(artifact, checkpoints, resume=resume, in_place=in_place)
     with training_progress() as update:
         trained = distill(
             model,
@@ -90,7 +89,7 @@ def distill_command(
     if trained.history[-1].get("interrupted"):
         console.err.print(f"interrupted: {target} has what was learned; go on with --resume")
         sys.exit(130)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    finish(checkpoints)
     if as_json:
         console.print_json({"artifact": str(target), "history": trained.history[-1]})
     else:

@@ -3,30 +3,103 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from matkv.artifact.artifact import Artifact
+from matkv.artifact.storage import checksum
 from matkv.distill.config import DistillConfig
 from matkv.errors import TrainingError
+from matkv.files import replacing
 
-STATE = "trainer_state.json"  # the file that the Trainer writes last
+logger = logging.getLogger(__name__)
+SEAL = "checksums.json"  # of all files of a checkpoint, written last
+START = "start"  # the artifact that a training in place started from
 FREE_SETTINGS = ("checkpoint_every", "probe_every", "probe_budgets", "trackers")
 
 
+def seal(checkpoint: Path) -> None:
+    """Note what every file of a finished checkpoint holds."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    sums = {str(path.relative_to(checkpoint)): checksum(path) for path in files}
+    sums.pop(SEAL, None)
+    with replacing(checkpoint / SEAL) as new:
+        new.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one that a kill cut off lacks its last file."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            found.append((int(state["global_step"]), path))
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(found)[1] if found else None
+    """The newest sound checkpoint; None where none was finished.
+
+    Raises:
+        TrainingError: there are some, and all are damaged.
+    """
+    lost: list[str] = []
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        if not (checkpoint / SEAL).exists():
+            logger.warning("%s was cut off: it is left out", checkpoint)
+        elif not _is_sound(checkpoint):
+            logger.warning("%s is damaged: it is left out", checkpoint)
+            lost.append(checkpoint.name)
+        else:
+            return checkpoint
+    if lost:
+        raise TrainingError(
+            f"{', '.join(lost)} in {folder}: damaged, and there is no older one: restore one, or "
+            "start anew without resume"
+        )
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return bool(sums) and all(checksum(checkpoint / name) == sums[name] for name in sums)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def start_of(artifact: Artifact, folder: Path, *, resume: bool, in_place: bool) -> Artifact:
+    """What a training starts from; kept in `folder` if the training writes over the artifact.
+
+    Raises:
+        ArtifactError: what was kept is damaged.
+        TrainingError: it is no longer there, or never was.
+    """
+    kept = folder / START
+    if resume and kept.is_dir():
+        return Artifact.load(kept)
+    if resume and in_place:
+        raise TrainingError(
+            f"nothing to resume in {folder}: what the run started from is not there; it may have "
+            "ended; start anew without resume"
+        )
+    if not resume and os.environ.get("RANK", "0") == "0":  # no process group is there yet
+        shutil.rmtree(kept, ignore_errors=True)
+        if in_place:
+            artifact.save(kept)
+    return artifact
+
+
+def finish(folder: Path) -> None:
+    """Remove the folder of a run that has ended; a kill leaves nothing to resume half-removed."""
+    aside = folder.with_name(f"{folder.name}.ended-{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):
+        folder.rename(aside)
+    for left in folder.parent.glob(f"{folder.name}.ended-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def remove_checkpoints(folder: Path) -> None:

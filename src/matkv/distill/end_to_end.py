@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -24,11 +24,12 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from matkv.bases.learned import ADAM_EPSILON
 from matkv.data.batch import Batch
-from matkv.distill.checkpoints import check_same_run, like, whole
+from matkv.distill.checkpoints import check_same_run, like, seal, whole
 from matkv.distill.config import DistillConfig
 from matkv.distill.examples import TrainingSet, collate
 from matkv.distill.student import Student
 from matkv.errors import TrainingError
+from matkv.files import save_tensors
 from matkv.progress import CurvePoint, Interrupt, OnProgress, Progress, Spent, own_randomness
 from matkv.schedule import Sizes
 
@@ -163,13 +164,20 @@ class DistillTrainer(Trainer):
 
     # ---- checkpoints
 
+    def _save_checkpoint(self, *inputs: Any, **options: Any) -> None:
+        super()._save_checkpoint(*inputs, **options)
+        if dist.is_initialized():
+            dist.barrier()  # every process has written its part
+        if self.args.should_save:
+            seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         learned = {name: whole(p) for name, p in self.student.named_parameters() if p.requires_grad}
         if not self.args.should_save or output_dir is None:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(learned, folder / LEARNED)
+        save_tensors(learned, folder / LEARNED)
         run = {
             "config": self.config.to_json(),
             "start": self.student.bases.start,
