@@ -16,7 +16,7 @@ from matkv.benchmark.timing import Spread, milliseconds, take_turns, thread_coun
 from matkv.errors import BudgetError, MatkvError, ModelError, RankError
 from matkv.hf.attach import attached_table
 from matkv.models.load import load_config
-from matkv.report.pictures.latency import plot_benchmark
+from matkv.report.pictures.decoding import save_benchmark
 from tiny import FAMILIES, Tiny, build, greedy, tokens
 
 SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 16, "context": 32, "rounds": 3}
@@ -188,7 +188,7 @@ def test_impossible_benchmarks_are_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize("memory", [None, 10**6, 1])
 def test_pictures_are_drawn(rows: list[dict[str, Any]], tmp_path: Path, memory: int | None) -> None:
     pytest.importorskip("matplotlib")
-    paths = plot_benchmark(rows, tmp_path / "plots", memory=memory)
+    paths = save_benchmark(rows, tmp_path / "plots", memory=memory)
     assert [path.name for path in paths] == ["latency.png", "throughput.png", "largest_context.png"]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -196,4 +196,4 @@ def test_pictures_are_drawn(rows: list[dict[str, Any]], tmp_path: Path, memory: 
 
 def test_no_rows_are_no_picture(tmp_path: Path) -> None:
     with pytest.raises(MatkvError, match="no rows"):
-        plot_benchmark([], tmp_path)
+        save_benchmark([], tmp_path)

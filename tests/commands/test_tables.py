@@ -1,8 +1,21 @@
-"""Tables of long contexts: what they join, they average."""
+"""Tables of the terminal: what they join they average, and rank tables as heat maps."""
 
 from __future__ import annotations
 
-from matkv.commands.tables import needle_table, positions_table
+from rich.console import Console
+
+from matkv.commands.tables import heatmap, needle_table, positions_table, share_lines
+from matkv.ranks import Geometry, LayerShape, RankTable
+
+GEOMETRY = Geometry(
+    query_heads=4,
+    layers=(
+        LayerShape(kv_heads=2, head_dim=16),
+        LayerShape(kv_heads=2, head_dim=16, window=8),
+        LayerShape(kv_heads=1, head_dim=128),
+    ),
+)
+RANKS = RankTable(GEOMETRY, ((0, 3), (16, 16), (128,)), ((16, 9), (16, 16), (64,)))
 
 
 def test_tables_average_what_they_join() -> None:
@@ -22,3 +35,22 @@ def test_tables_average_what_they_join() -> None:
     other = {**part, "perplexity": 2.0, "start": 64, "end": 128}
     cells = [list(column.cells) for column in positions_table("t", [part, other]).columns]
     assert cells == [["full cache"], ["8.00"], ["2.00"], ["4.00"]]
+
+
+def test_every_rank_of_a_growing_layer_is_shown() -> None:
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(heatmap(RANKS))
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert lines[:3] == [
+        ["layer", "keys", "values"],
+        ["0", "0", "3", "16", "9"],
+        ["2", "128", "64"],
+    ]
+
+
+def test_the_papers_shares_stand_beside_ours() -> None:
+    assert share_lines(RANKS) == (
+        "kept at 68.8%: keys 81.9%, values 55.6%\n"
+        "paper, LLaMA2-7B at 37.5%: keys 32.3%, values 42.7%"
+    )

@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from matkv.errors import MatkvError
 from matkv.report.build import SECTIONS, report
 from matkv.report.page import Block, Missing, Sample, Table
 from matkv.report.pictures.theme import DARK, LIGHT
+from matkv.report.rows import Peer, read
 from matkv.report.runs import Run, read_runs
 from matkv.report.sections.accuracy import full_of, retention, scores
 from matkv.report.sections.headline import choose, headline
-from matkv.report.sections.peers import front, verdict, verdicts
+from matkv.report.sections.peers import exactness, front, verdict, verdicts
 from matkv.report.sections.quality import readable
 from tiny import tiny
 
@@ -192,12 +194,10 @@ def test_the_headline_is_the_smallest_budget_within_a_tenth(full_run: Path) -> N
     runs = read_runs([full_run])
     choice = choose(runs)
     assert choice is not None
-    rows = [
-        r for r in runs[0].rows["perplexity"] if r["text"] == choice.row["text"] and r["budget"]
-    ]
-    full = choice.full["perplexity"]
-    assert choice.row["kept"] == min(r["kept"] for r in rows if r["perplexity"] <= 1.1 * full)
-    assert f"{choice.row['kept']:.0%} of the cache" in headline(runs).sentence
+    rows = [r for r in runs[0].rows["perplexity"] if r["text"] == choice.row.text and r["budget"]]
+    full = choice.full.perplexity
+    assert choice.row.kept == min(r["kept"] for r in rows if r["perplexity"] <= 1.1 * full)
+    assert f"{choice.row.kept:.0%} of the cache" in headline(runs).sentence
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -226,7 +226,7 @@ def test_the_accuracy_table_averages_and_retains(full_run: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_who_wins_at_which_bytes(full_run: Path) -> None:
     (run,) = read_runs([full_run])
-    text = verdict(run.rows["peers"])
+    text = verdict(run.read(Peer))
     assert "matkv 87.5% (hqq 8 bits)" in text
     wins = text.split(".  ")[0].split("Better")[0]
     assert "matkv 25.0%" in wins
@@ -244,20 +244,34 @@ def test_projections_count_in_a_verdict_of_their_own() -> None:
     ours = {**growing, "method": "matkv", "setting": "50%", "growing_budget": 0.5, "budget": 0.7}
     peer = {**growing, "method": "peer", "setting": "", "growing_budget": 0.6, "budget": 0.6}
     rows = [ours, peer | {"bytes_per_token": 120, "perplexity": 9.0}]
-    first, second = verdicts(rows)
+    first, second = verdicts(read(Peer, rows))
     assert first.startswith("Nothing else is better at as few bytes as matkv 50%")
     assert second.startswith("With projections")
     assert "Better at no more bytes, in brackets: matkv 50% (peer)" in second
-    assert len(verdicts([{**row, "budget": None} for row in rows])) == 1
+    assert len(verdicts(read(Peer, [{**row, "budget": None} for row in rows]))) == 1
 
 
 def test_a_difference_within_its_error_is_no_loss() -> None:
-    ours = {"method": "matkv", "bytes_per_token": 10, "perplexity": 10.1, "losses": [1.0, 3.0, 2.0]}
-    peer = {"method": "peer", "bytes_per_token": 10, "perplexity": 10.0, "losses": [1.4, 2.5, 2.0]}
+    ours = Peer(method="matkv", bytes_per_token=10, perplexity=10.1, losses=(1.0, 3.0, 2.0))
+    peer = Peer(method="peer", bytes_per_token=10, perplexity=10.0, losses=(1.4, 2.5, 2.0))
     assert verdict([ours, peer]).startswith("Nothing else is better")
-    clear = {**peer, "losses": [0.9, 2.9, 1.91]}
+    clear = replace(peer, losses=(0.9, 2.9, 1.91))
     assert verdict([ours, clear]).startswith("Better at no more bytes")
     assert front([ours, peer]) == [peer]
+
+
+def test_labels_say_which_settings_keep_tokens_exact() -> None:
+    plain, exact, other = (
+        Peer(bytes_per_token=1, perplexity=1, setting=setting)
+        for setting in (
+            "50.0% uniform, exact prefill",
+            "50.0%, last 32 exact",
+            "25%, last 32 exact",
+        )
+    )
+    assert exactness([plain]) == ""
+    assert exactness([exact, other]) == ", last 32 exact"
+    assert exactness([plain, exact]) == ", some settings last 32 exact"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -31,7 +31,8 @@ from matkv.commands.options import (
 from matkv.commands.tables import heatmap, tables_table
 from matkv.data.task_texts import text_batches, training_texts
 from matkv.errors import BudgetError
-from matkv.report.pictures.heatmap import save_heatmap
+from matkv.report.pictures.maps import rank_maps
+from matkv.report.pictures.theme import save
 
 # Sequences searched together have at most this many tokens: their logits are in memory at once.
 BATCH_TOKENS = 2048
@@ -144,7 +145,7 @@ def _show_tables(
 ) -> None:
     first = budget[0] if budget else min(found.tables, key=lambda one: abs(one - 0.375))
     if picture is not None:
-        save_heatmap(found.tables[first], picture, title=f"ranks at {first:.1%}")
+        save(rank_maps("ranks", {first: found.tables[first]}), picture)
     if as_json:
         console.print_json({"tables": entry["tables"], "seconds": entry["seconds"]})
         return

@@ -32,7 +32,7 @@ from matkv.errors import MatkvError
 from matkv.models.dtype import as_device, choose
 from matkv.models.load import load_config
 from matkv.plan import parse_bytes
-from matkv.report.pictures.latency import plot_benchmark
+from matkv.report.pictures.decoding import save_benchmark
 
 
 def benchmark_command(
@@ -114,7 +114,7 @@ def benchmark_command(
     if run is not None:
         _keep(run, artifact, model.dtype, config, rows)
     if plots is not None:
-        plot_benchmark(records, plots, memory=None if memory is None else parse_bytes(memory))
+        save_benchmark(records, plots, memory=None if memory is None else parse_bytes(memory))
     if as_json:
         console.print_json({"rows": records})
     else:

@@ -33,7 +33,10 @@ from matkv.hf.observe import collect_moments
 from matkv.models.default import DEFAULT_MODEL
 from matkv.models.load import load_model
 from matkv.ranks import check_budget
-from matkv.report.pictures.curves import plot_quality
+from matkv.report.pictures.figures import Axis, Line, lines
+from matkv.report.pictures.theme import save
+from matkv.report.runs import amount
+from matkv.report.sections.quality import perplexity_panel
 
 BUDGETS = (0.875, 0.75, 0.5, 0.375, 0.25)
 DISTILL = DistillConfig(
@@ -287,24 +290,28 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("budget", "MB", *rows):
         table.add_column(name, justify="right")
-    for lines in zip(*rows.values(), strict=True):
-        budget = lines[0]["budget"]
+    for ways in zip(*rows.values(), strict=True):
+        budget = ways[0]["budget"]
         table.add_row(
             "full" if budget is None else f"{budget:.1%}",
             f"{result['resident_bytes'][str(budget)] / 1e6:.1f}",
-            *(f"{line['perplexity']:.1f}" for line in lines),
+            *(f"{way['perplexity']:.1f}" for way in ways),
         )
     return table
 
 
 def _plot(rows: dict[str, list[Row]], config: DemoConfig, path: Path) -> Path:
     full = next(iter(rows.values()))[0].perplexity
-    points = {
-        name: [(row.budget, row.perplexity) for row in its_rows if row.budget is not None]
-        for name, its_rows in rows.items()
-    }
+    drawn = []
+    for style, (name, its_rows) in enumerate(rows.items()):
+        points = [(row.budget, row.perplexity) for row in its_rows if row.budget is not None]
+        labels = [amount(value) for _, value in points]
+        drawn.append(Line(label=name, points=points, labels=labels, style=style))
     title = f"{config.title}, held-out articles, {config.score_tokens:,} tokens"
-    return plot_quality(points, full, path, title)
+    x = Axis(label="cache bytes kept", percent=True)
+    panel = perplexity_panel(title, x, drawn, full)
+    text = "Perplexity against the share of cache bytes kept, a line for each way to make bases."
+    return save(lines("perplexity", [panel], text=text), path)
 
 
 def demo_command(

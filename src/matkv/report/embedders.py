@@ -11,7 +11,8 @@ from typing import Any
 from matkv.artifact.records import Record, weights_digest
 from matkv.artifact.results import RESULTS, load_rows
 from matkv.errors import MatkvError
-from matkv.report.runs import names_of, number
+from matkv.report.rows import number
+from matkv.report.runs import names_of
 
 MODEL, MADE = "modules.json", "matkv.json"
 SIZES, ARMS = "sizes", "arms"  # kinds of rows

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.results import load_rows
 from matkv.artifact.setting import Setting, was_uniform
 from matkv.errors import MatkvError
+from matkv.report.rows import RowT, number, read
 
 KINDS = ("perplexity", "tasks", "needle", "positions", "peers", "benchmark", "samples")
 
@@ -30,6 +30,10 @@ class Run:
     digest: str
     rows: dict[str, list[Record]]
     stale: dict[str, int]
+
+    def read(self, kind: type[RowT]) -> list[RowT]:
+        """The rows of one kind that say all that they must."""
+        return read(kind, self.rows[kind.kind])
 
     @property
     def model(self) -> str:
@@ -87,65 +91,39 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def number(row: Record, name: str) -> float | None:
-    """A finite number of a row; None where there is none."""
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def having(rows: Iterable[Record], *names: str) -> list[Record]:
-    """The rows that have all these numbers."""
-    return [row for row in rows if all(number(row, name) is not None for name in names)]
-
-
-def budgets_of(rows: Iterable[Record]) -> list[float]:
-    """Budgets of rows, largest first."""
-    return sorted({b for row in rows if (b := number(row, "budget")) is not None}, reverse=True)
-
-
-def way_of(row: Record) -> Setting:
-    """How the run was used for a row, whatever the budget."""
-    sink, recent = (int(number(row, name) or 0) for name in ("sink", "recent"))
-    return Setting(uniform=bool(row.get("uniform")), sink=sink, recent=recent)
-
-
-def ways(rows: Iterable[Record]) -> list[Setting]:
-    """The ways of rows at a budget, the plain one first."""
-    found = {way_of(row) for row in rows if row.get("budget") is not None}
-    return sorted(found, key=lambda way: (way.uniform, way.sink, way.recent))
-
-
 @dataclass(frozen=True, kw_only=True)
-class Series:
+class Series(Generic[RowT]):
     """The rows of one budget, None for the full cache, used in one way."""
 
     budget: float | None
     way: Setting
-    rows: Sequence[Record]
+    rows: Sequence[RowT]
 
     def __str__(self) -> str:
         return percent(self.budget) + (f", {self.way}" if str(self.way) else "")
 
 
-def series(rows: Sequence[Record]) -> list[Series]:
-    """The full cache, then falling budgets, each in all its ways."""
-    full = [row for row in rows if row.get("budget") is None]
-    found = [Series(budget=None, way=Setting(), rows=full)] if full else []
-    for budget in budgets_of(rows):
-        at = [row for row in rows if number(row, "budget") == budget]
-        for way in ways(at):
-            its = [row for row in at if way_of(row) == way]
-            found.append(Series(budget=budget, way=way, rows=its))
-    return found
+def series(rows: Sequence[RowT]) -> list[Series[RowT]]:
+    """The full cache, then falling budgets, each in all its ways, the plain one first."""
+    found: dict[tuple[object, ...], list[RowT]] = {}
+    for row in rows:
+        how = () if row.budget is None else (-row.budget, row.uniform, row.sink, row.recent)
+        found.setdefault(how, []).append(row)
+    return [
+        Series(budget=its[0].budget, way=its[0].way if how else Setting(), rows=its)
+        for how, its in sorted(found.items())
+    ]
 
 
-def styles(runs: Sequence[Run]) -> dict[float | None, int | None]:
+Styles = dict[float | None, int | None]
+
+
+def styles(runs: Sequence[Run]) -> Styles:
     """One style for each budget, the same in every picture; None, grey, for the full cache."""
     rows = [row for run in runs for kind in KINDS if kind != "peers" for row in run.rows[kind]]
     tables = [budget for run in runs for budget in run.artifact.tables]
-    budgets = sorted({*budgets_of(rows), *tables}, reverse=True)
+    measured = {budget for row in rows if (budget := number(row, "budget")) is not None}
+    budgets = sorted({*measured, *tables}, reverse=True)
     return {None: None} | {budget: index for index, budget in enumerate(budgets)}
 
 

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from matkv.report.pictures.theme import MARKERS, NARROW, SERIES, WIDE, Canvas, Picture, picture
@@ -16,16 +17,16 @@ FONT, SMALL = 11.5, 10.5
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of points (x, y); `bounds` are (low, high) of every point, `labels` stand beside them.
+    """A line of points (x, y); `bounds` are (low, high) of every point, None where not known.
 
-    `style` numbers colour and marker; None is the reference, grey and dashed. `plain` draws no
-    markers, `strong` a thicker line.
+    `labels` stand beside the points where there is room. `style` numbers colour and marker; None is
+    the reference, grey and dashed. `plain` draws no markers, `strong` a thicker line.
     """
 
     label: str
     points: Sequence[Point]
     style: int | None
-    bounds: Sequence[Point] = ()
+    bounds: Sequence[Point | None] = ()
     labels: Sequence[str] = ()
     plain: bool = False
     dashed: bool = False
@@ -34,14 +35,14 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """An axis: its label, whether it is logarithmic, and its ticks where those are fixed.
+    """An axis: its label, the base of its logarithm, 0 for none, and its ticks if they are fixed.
 
     `zero` starts it there, `top` ends it; of what is outside `span` nothing is drawn.
     """
 
     label: str
-    log: bool = False
-    ticks: Sequence[tuple[float, str]] | None = None
+    log: int = 0
+    ticks: Sequence[tuple[float, str]] = ()
     percent: bool = False
     zero: bool = False
     top: float | None = None
@@ -57,19 +58,6 @@ class Panel:
     lines: Sequence[Line]
     title: str = ""
     levels: Sequence[tuple[float, str]] = ()
-
-
-def budget_ticks(budgets: Sequence[float]) -> list[tuple[float, str]]:
-    """Budgets in percent."""
-    return [(budget, f"{100 * budget:g}%") for budget in sorted(set(budgets))]
-
-
-def context_ticks(contexts: Sequence[float]) -> list[tuple[float, str]]:
-    """Powers of two as 512, 1k, 2k; other numbers as they are."""
-    return [
-        (n, f"{n / 1024:g}k" if n >= 1024 and n % 512 == 0 else f"{n:g}")
-        for n in sorted(set(contexts))
-    ]
 
 
 def lines(name: str, panels: Sequence[Panel], *, text: str, caption: str = "") -> Picture:
@@ -89,6 +77,7 @@ def lines(name: str, panels: Sequence[Panel], *, text: str, caption: str = "") -
         for axes in cells[len(panels) :]:
             axes.set_axis_off()
         _draw_legend(canvas, cells[: len(panels)], labels)
+        place_labels(canvas)
 
     return picture(
         name, draw, wide=(WIDE, wide), narrow=(NARROW, narrow), text=text, caption=caption
@@ -134,12 +123,19 @@ def draw_panel(canvas: Canvas, axes: Any, panel: Panel, beside: int = 1) -> None
     frame(canvas, axes)
     for line in panel.lines:
         _line(canvas, axes, line)
+    muted = canvas.color("muted")
     for level, label in panel.levels:
-        axes.axhline(level, color=canvas.color("muted"), ls=(0, (4, 3)), lw=1.1, zorder=1)
+        axes.axhline(level, color=muted, ls=(0, (4, 3)), lw=1.1, zorder=1)
+        anchor = {"xycoords": ("axes fraction", "data"), "fontsize": SMALL, "color": muted}
         axes.annotate(
-            label, (1, level), (0, -4), xycoords=("axes fraction", "data"), fontsize=SMALL,
-            textcoords="offset points", ha="right", va="top", color=canvas.color("muted"),
-        )  # fmt: skip
+            label,
+            (1, level),
+            (0, -10),
+            textcoords="offset points",
+            va="center",
+            gid=LEVEL,
+            **anchor,
+        )
     axes.margins(x=0.05, y=0.1)
     if panel.y.zero:
         axes.set_ylim(bottom=0)
@@ -150,8 +146,8 @@ def draw_panel(canvas: Canvas, axes: Any, panel: Panel, beside: int = 1) -> None
         for drawn in axes.lines:
             drawn.set_clip_on(True)
     crowded = canvas.narrow or beside > 1
-    _axis(axes.xaxis, axes.set_xscale, axes.get_xlim, panel.x, 0.14 if crowded else 0.07)
-    _axis(axes.yaxis, axes.set_yscale, axes.get_ylim, panel.y, 0.08)
+    _axis(axes.xaxis, axes.set_xscale, panel.x, 5 if crowded else 8)
+    _axis(axes.yaxis, axes.set_yscale, panel.y, 6)
     if panel.title:
         room = 44 if canvas.narrow else 120 // beside
         title = "\n".join(textwrap.wrap(panel.title, room))
@@ -173,93 +169,129 @@ def frame(canvas: Canvas, axes: Any) -> None:
 
 
 def _line(canvas: Canvas, axes: Any, line: Line) -> None:
-    order = sorted(range(len(line.points)), key=lambda index: line.points[index])
-    x, y = ([line.points[index][axis] for index in order] for axis in (0, 1))
     look = _look(canvas, line)
+    x, y = zip(*sorted(line.points), strict=True)
     axes.plot(x, y, label=line.label, **look)
-    if line.bounds:
-        low, high = ([line.bounds[index][end] for index in order] for end in (0, 1))
-        axes.vlines(x, low, high, color=look["color"], lw=1.2, alpha=0.7)
-    for index, label in zip(order, (line.labels[i] for i in order if line.labels), strict=False):
+    known = [(line.points[i][0], *bound) for i, bound in enumerate(line.bounds) if bound]
+    if known:
+        axes.vlines(*zip(*known, strict=True), color=look["color"], lw=1.2, alpha=0.7)
+    for point, label in zip(line.points, line.labels, strict=False):
         axes.annotate(
-            label, line.points[index], (0, 8), textcoords="offset points", ha="center",
-            fontsize=SMALL - 1, color=look["color"],
+            label, point, (0, 10), textcoords="offset points", ha="center", va="center",
+            fontsize=SMALL - 1, color=look["color"], gid=LABEL,
         )  # fmt: skip
+
+
+def line_color(canvas: Canvas, style: int | None) -> str:
+    """The colour of a style; grey for the reference."""
+    return canvas.color("muted" if style is None else SERIES[style % len(SERIES)])
 
 
 def _look(canvas: Canvas, line: Line) -> dict[str, Any]:
     """Colour, marker and dashes of a line."""
-    look: dict[str, Any] = {"clip_on": False, "zorder": 3}
+    look: dict[str, Any] = {"clip_on": False, "zorder": 3, "color": line_color(canvas, line.style)}
     if line.style is None:
-        return look | {"color": canvas.color("muted"), "marker": "_", "linestyle": (0, (4, 3))}
-    color = canvas.color(SERIES[line.style % len(SERIES)])
-    # Where the colours begin again the markers go on from another one.
-    turn = line.style + 3 * (line.style // len(SERIES))
-    marker = "" if line.plain else MARKERS[turn % len(MARKERS)]
+        return look | {"marker": "_", "linestyle": (0, (4, 3))}
+    turn, place = divmod(line.style, len(SERIES))
+    marker = "" if line.plain else MARKERS[place % len(MARKERS)]
     dash = (0, (5, 2)) if line.dashed else "-"
-    width = 2.8 if line.strong else 1.8
-    return look | {"color": color, "marker": marker, "linestyle": dash, "lw": width}
+    look |= {"marker": marker, "linestyle": dash, "lw": 2.8 if line.strong else 1.8}
+    return look | {"markerfacecolor": "none"} if turn else look  # the colours begin again
 
 
-def _axis(axis: Any, set_scale: Any, limits: Any, spec: Axis, gap: float) -> None:
-    """Scale, ticks at least `gap` of the axis apart, and label."""
-    from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+def _axis(axis: Any, set_scale: Any, spec: Axis, most: int) -> None:
+    """Scale, label, and ticks: `most` at most, round ones or a part of the fixed ones."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if spec.log:
-        set_scale("log")
+        set_scale("log", base=spec.log)
     axis.set_label_text(spec.label)
-    low, high = limits()
-    if spec.ticks is not None:
-        _set_ticks(axis, _spaced(spec.ticks, low, high, gap, log=spec.log))
-    elif spec.log:
-        _set_ticks(axis, _log_ticks(low, high))
+    low, high = axis.get_view_interval()
+    if spec.ticks:
+        every = math.ceil(len(spec.ticks) / most)
+        values, labels = zip(*spec.ticks[::-1][::every], strict=True)
+        axis.set_ticks(values, labels=labels)
+    elif spec.log and high / low > spec.log:
+        decades = high / low > 100 * spec.log
+        subs = (1.0,) if spec.log == 2 or decades else (1.0, 2.0, 5.0)
+        axis.set_major_locator(LogLocator(spec.log, subs=subs, numticks=most + 1))
     else:
-        axis.set_major_locator(MaxNLocator(min(8, int(0.8 / gap)), steps=(1, 2, 2.5, 5, 10)))
-        plain = PercentFormatter(1, decimals=0) if spec.percent else _plain
-        axis.set_major_formatter(plain)
+        steps = (1, 1.25, 2.5, 5, 10) if spec.percent else (1, 2, 2.5, 5, 10)
+        axis.set_major_locator(MaxNLocator(most, steps=steps))
+    if not spec.ticks:
+        shown = percents if spec.percent else powers if spec.log == 2 else _plain
+        axis.set_major_formatter(FuncFormatter(shown))
     axis.set_minor_locator(NullLocator())
+
+
+def percents(value: float, _: int = 0) -> str:
+    """A share as readers write it."""
+    return f"{100 * value:.4g}%"
+
+
+def powers(value: float, _: int = 0) -> str:
+    """Powers of two as 512, 1k, 2k; other numbers as they are."""
+    return f"{value / 1024:g}k" if value >= 1024 and value % 512 == 0 else f"{value:,.10g}"
 
 
 def _plain(value: float, _: int) -> str:
     return f"{value:,.10g}"
 
 
-def _set_ticks(axis: Any, ticks: Sequence[tuple[float, str]]) -> None:
-    axis.set_ticks([value for value, _ in ticks], labels=[label for _, label in ticks])
+# ---- labels
+
+LABEL, LEVEL = "matkv-label", "matkv-level"  # what annotations are told by
+# Where the label of a point may stand, in points from it, and where that of a level may, from its
+# right end or its left: the first place that is free.
+PLACES = ((0, 10), (0, -10), (20, 8), (-20, 8), (20, -8), (-20, -8))
+ENDS = (("right", -10), ("right", 10), ("left", -10), ("left", 10))
+GRAIN = 5.0  # pixels between two of the boxes that stand for a line
 
 
-def _spaced(
-    ticks: Sequence[tuple[float, str]], low: float, high: float, gap: float, *, log: bool
-) -> list[tuple[float, str]]:
-    """The largest tick, and from there down those that keep their distance."""
-
-    def place(value: float) -> float:
-        if log:
-            return math.log(value / low) / math.log(high / low)
-        return (value - low) / (high - low)
-
-    kept: list[tuple[float, str]] = []
-    for value, label in sorted(ticks, reverse=True):
-        if not kept or place(kept[-1][0]) - place(value) >= gap:
-            kept.append((value, label))
-    return kept
+def place_labels(canvas: Canvas) -> None:
+    """Move labels to where nothing else is; those of points that find no room are hidden."""
+    canvas.figure.draw_without_rendering()
+    for axes in canvas.figure.axes:
+        taken = [box for line in axes.lines for box in _boxes(axes, line)]
+        for label in (one for one in axes.texts if one.get_gid() == LEVEL):
+            taken.append(_placed_level(label, taken))
+        for label in (one for one in axes.texts if one.get_gid() == LABEL):
+            taken += _placed(label, taken)
 
 
-def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Round numbers of a logarithmic axis: as few as give four, whatever its length."""
-    for parts in (
-        (1,),
-        (1, 3),
-        (1, 2, 5),
-        (1, 1.5, 2, 3, 5, 7),
-        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
-    ):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        values = [part * 10.0**power for power in powers for part in parts]
-        found = [value for value in values if low <= value <= high]
-        if len(found) >= 4:
-            return [(value, f"{value:,.10g}") for value in found]
-    step = 10 ** math.floor(math.log10(max(high - low, 1e-9)))
-    step *= next(part for part in (0.1, 0.2, 0.5, 1, 2, 5) if (high - low) / (part * step) <= 6)
-    count = range(math.ceil(low / step), math.floor(high / step) + 1)
-    return [(index * step, f"{index * step:,.10g}") for index in count]
+def _placed_level(label: Any, taken: Sequence[Any]) -> Any:
+    """The box of a level's label; at the right end below, where no place is free."""
+    for side, offset in (*ENDS, ENDS[0]):
+        label.set(ha=side, position=(0, offset))
+        label.xy = (float(side == "right"), label.xy[1])
+        box = label.get_window_extent()
+        if not any(map(box.overlaps, taken)):
+            break
+    return box
+
+
+def _placed(label: Any, taken: Sequence[Any]) -> list[Any]:
+    """The box of a point's label at the first place that is free; none where it is hidden."""
+    for place in PLACES:
+        label.set_position(place)
+        box = label.get_window_extent()
+        if not any(map(box.overlaps, taken)):
+            return [box]
+    label.set_visible(False)
+    return []
+
+
+def _boxes(axes: Any, line: Any) -> list[Any]:
+    """What no label may cover of a line: its points, and the way between them in small boxes."""
+    from matplotlib.transforms import Bbox
+
+    if line.get_transform() != axes.transData:  # a level, all the way across
+        (_, y) = axes.transData.transform((axes.get_xlim()[0], line.get_ydata()[0]))
+        return [Bbox.from_extents(axes.bbox.x0, y - 1, axes.bbox.x1, y + 1)]
+    points = axes.transData.transform(line.get_xydata())
+    boxes = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in points]
+    for start, end in pairwise(points):
+        parts = int(math.dist(start, end) / GRAIN) + 1
+        for x, y in (start + (end - start) * part / parts for part in range(parts)):
+            boxes.append(Bbox.from_extents(x - 1, y - 1, x + 1, y + 1))
+    return boxes

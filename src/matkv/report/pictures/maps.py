@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matkv.report.pictures.figures import SMALL, Axis, Panel, Point, draw_panel, frame
+from matkv.ranks import SIDES, RankTable, Side
+from matkv.report.pictures.figures import (
+    SMALL,
+    Axis,
+    Panel,
+    Point,
+    draw_panel,
+    frame,
+    percents,
+)
 from matkv.report.pictures.theme import NARROW, RAMP, WIDE, Canvas, Picture, picture
 
 ACROSS, ACROSS_NARROW = 8, 4  # maps beside one another
@@ -60,6 +69,36 @@ def maps(
     return picture(name, draw, wide=wide, narrow=narrow, text=text, caption=caption)
 
 
+def rank_maps(name: str, tables: Mapping[float, RankTable], *, caption: str = "") -> Picture:
+    """Ranks by layer and KV head, keys and values side by side, for each budget.
+
+    The paper's Figure 1 (arXiv 2410.14731) shows such maps of LLaMA2-7B.
+    """
+    shown = [
+        Map(
+            title=f"{percents(budget)}\n{side}s {table.share(side):.0%}",
+            cells=_fractions(table, side),
+            rows=[str(layer) for layer in table.geometry.growing],
+        )
+        for budget, table in tables.items()
+        for side in SIDES
+    ]
+    text = "Ranks of every layer and KV head, keys and values side by side, for each budget."
+    bar = "columns kept of the head dim"
+    return maps(name, shown, x="head", y="layer", bar=bar, text=text, caption=caption)
+
+
+def _fractions(table: RankTable, side: Side) -> list[list[float]]:
+    """Kept share of every growing layer and head; NaN where a layer has fewer heads."""
+    shapes = table.geometry.layers
+    heads = max(shapes[layer].kv_heads for layer in table.geometry.growing)
+    return [
+        [rank / shapes[layer].head_dim for rank in table.side(side)[layer]]
+        + [math.nan] * (heads - shapes[layer].kv_heads)
+        for layer in table.geometry.growing
+    ]
+
+
 def _map(canvas: Canvas, axes: Any, shown: Map) -> Any:
     import numpy as np
 
@@ -94,7 +133,7 @@ def fans(
             for index, curve in enumerate(fan.curves):
                 xs, ys = ([point[axis] for point in curve] for axis in (0, 1))
                 axes.plot(xs, ys, color=colors(index / last), lw=1.1, alpha=0.9)
-            panel = Panel(title=fan.title, x=Axis(label=x), y=Axis(label=y, log=True), lines=())
+            panel = Panel(title=fan.title, x=Axis(label=x), y=Axis(label=y, log=10), lines=())
             draw_panel(canvas, axes, panel, len(shown))
         _bar(canvas, ScalarMappable(Normalize(0, last), colors), grid, bar, whole=True)
 

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matkv.errors import MatkvError
+from matkv.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The series are Okabe and Ito's colours, which colour-blind readers tell apart, made darker or
-# lighter for the background; series also differ by marker.
+# The first eight series are Okabe and Ito's colours, which colour-blind readers tell apart, made
+# darker or lighter for the background; the others are as far from these, and from one another, as
+# those are apart. Series also differ by marker.
 LIGHT = {
     "paper": "#fdfdfc",
     "ink": "#1d2126",
@@ -35,6 +38,14 @@ LIGHT = {
     "c6": "#2b8fc4",
     "c7": "#6d5c4b",
     "c8": "#4a3fb5",
+    "c9": "#a76ef8",
+    "c10": "#6c170e",
+    "c11": "#fc328c",
+    "c12": "#354004",
+    "c13": "#0f3778",
+    "c14": "#dd47d6",
+    "c15": "#791f75",
+    "c16": "#979836",
 }
 DARK = {
     "paper": "#15181c",
@@ -49,9 +60,17 @@ DARK = {
     "c6": "#9ad8ff",
     "c7": "#bdab97",
     "c8": "#aea6f5",
+    "c9": "#955be3",
+    "c10": "#bd6254",
+    "c11": "#fc328c",
+    "c12": "#7a8750",
+    "c13": "#5480c7",
+    "c14": "#dd47d6",
+    "c15": "#a566a0",
+    "c16": "#e3e585",
 }
 SERIES = tuple(name for name in LIGHT if name.startswith("c"))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "<")
 # From blue to orange, clear on light and on dark paper, for layers from first to last.
 RAMP = ("#2a7fc9", "#7d8fa8", "#b88c6a", "#e07a1c")
 WIDE, NARROW = 860, 350  # units across, which are the pixels of a wide page and of a phone
@@ -118,6 +137,23 @@ def picture(
             narrow=_svg(slim, f"{name}-n"),
             png=_png(broad),
         )
+
+
+def save(drawn: Picture, path: str | Path) -> Path:
+    """Write the PNG of a picture.
+
+    Raises:
+        MatkvError: `path` cannot be written, or is not named as a PNG.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise MatkvError(f"cannot draw {target}: pictures are PNG files, so end its name in .png")
+    try:
+        with replacing(target) as new:
+            new.write_bytes(drawn.png)
+    except OSError as error:
+        raise MatkvError(f"cannot draw {target}: {error}") from error
+    return target
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matkv.artifact.records import Record
 from matkv.report.page import Block, Cell, Missing, Section, Table
 from matkv.report.paper import PAPER, PAPER_BUDGETS, PAPER_FULL
-from matkv.report.pictures.figures import Axis, Line, Panel, budget_ticks, lines
-from matkv.report.runs import Run, having, line_name, number, percent, series
+from matkv.report.pictures.figures import Axis, Line, Panel, lines
+from matkv.report.rows import Scored
+from matkv.report.runs import Run, line_name, percent, series
 
 COMMAND = "matkv evaluate RUN --budget 0.75 --budget 0.5 --tasks piqa,arc_easy,hellaswag"
 AVERAGES = {"average", "avg", "mean"}
@@ -50,49 +50,43 @@ class Scores:
         found = [self.tasks[task] for task in tasks if task in self.tasks]
         if not found or len(found) < len(tasks):
             return None
-        errors = [score.stderr for score in found]
-        total = math.sqrt(sum((error or 0) ** 2 for error in errors)) / len(found)
-        known = all(error is not None for error in errors)
-        return Score(
-            value=sum(score.value for score in found) / len(found), stderr=total if known else None
-        )
+        errors = [score.stderr for score in found if score.stderr is not None]
+        total = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+        return Score(value=sum(score.value for score in found) / len(found), stderr=total)
 
 
 def task_names(runs: Sequence[Run]) -> list[str]:
     """Every task that was scored; averages are computed here."""
-    rows = [row for run in runs for row in having(run.rows["tasks"], "acc")]
-    names = sorted({str(row.get("task")) for row in rows})
+    names = sorted({row.task for run in runs for row in run.read(Scored)})
     return [name for name in names if name.lower() not in AVERAGES]
 
 
 def metric_of(runs: Sequence[Run], task: str) -> str:
     """acc_norm where every row of a task has it, acc otherwise."""
-    rows = [row for run in runs for row in run.rows["tasks"] if row.get("task") == task]
-    return "acc_norm" if all(number(row, "acc_norm") is not None for row in rows) else "acc"
+    rows = [row for run in runs for row in run.read(Scored) if row.task == task]
+    return "acc_norm" if all(row.acc_norm is not None for row in rows) else "acc"
 
 
 def scores(runs: Sequence[Run], *, plain: bool = False) -> list[Scores]:
     """Every run, used in every way, by falling budget; `plain` takes acc everywhere."""
     found = []
     for run in runs:
-        for one in series(having(run.rows["tasks"], "acc")):
+        for one in series(run.read(Scored)):
             name = line_name(run, runs, one.way)
             tasks = _tasks(runs, one.rows, plain)
             found.append(Scores(run=name, budget=one.budget, tasks=tasks))
     return found
 
 
-def _tasks(runs: Sequence[Run], rows: Sequence[Record], plain: bool) -> dict[str, Score]:
+def _tasks(runs: Sequence[Run], rows: Sequence[Scored], plain: bool) -> dict[str, Score]:
     found = {}
     for row in rows:
-        task = str(row.get("task"))
-        if task.lower() in AVERAGES:
+        if row.task.lower() in AVERAGES:
             continue
-        metric = "acc" if plain else metric_of(runs, task)
-        error = number(row, "acc_norm_stderr" if metric == "acc_norm" else "stderr")
-        value = number(row, metric)
-        if value is not None:
-            found[task] = Score(value=value, stderr=error)
+        score = Score(value=row.acc, stderr=row.stderr)
+        if not plain and row.acc_norm is not None and metric_of(runs, row.task) == "acc_norm":
+            score = Score(value=row.acc_norm, stderr=row.acc_norm_stderr)
+        found[row.task] = score
     return found
 
 
@@ -112,10 +106,7 @@ def chance_of(runs: Sequence[Run], tasks: Sequence[str]) -> float | None:
     """Mean score of guessing; None where a task's is not known."""
     known = dict(CHANCE)
     for run in runs:
-        for row in run.rows["tasks"]:
-            value = number(row, "chance")
-            if value is not None:
-                known[str(row.get("task"))] = value
+        known |= {row.task: row.chance for row in run.read(Scored) if row.chance is not None}
     values = [known.get(task) for task in tasks]
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found and len(found) == len(tasks) else None
@@ -149,9 +140,7 @@ def _table(
         if several and its:
             rows.append([Cell(run)])
         rows += [_row(one, full, tasks, chance) for one in its]
-    counts = sorted(
-        {int(n) for run in runs for row in run.rows["tasks"] if (n := number(row, "n"))}
-    )
+    counts = sorted({row.n for run in runs for row in run.read(Scored) if row.n})
     notes = [
         "Accuracy in percent with its standard error; retained: the average over the full cache's."
     ]
@@ -229,7 +218,7 @@ def _beside_the_paper(found: Sequence[Scores], tasks: Sequence[str]) -> list[Blo
     ]
     budgets = sorted({*PAPER_BUDGETS, *(b for _, b in ours if b is not None)}, reverse=True)
     panel = Panel(
-        x=Axis(label="cache bytes kept", ticks=budget_ticks(budgets)),
+        x=Axis(label="cache bytes kept", percent=True),
         y=Axis(label="average accuracy, full cache = 100%", percent=True),
         lines=drawn,
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from matkv.artifact.history import Allocated, Check, Distilled, entries
 from matkv.progress import CurvePoint
-from matkv.ranks import SIDES, RankTable, Side
+from matkv.ranks import SIDES, RankTable
 from matkv.report.page import Block, Cell, Missing, Section, Table, Text
 from matkv.report.paper import PAPER_BUDGET, PAPER_SHARES
 from matkv.report.pictures.figures import Axis, Line, Panel, Point, lines
-from matkv.report.pictures.maps import Fan, Map, fans, maps
+from matkv.report.pictures.maps import Fan, fans, rank_maps
 from matkv.report.pictures.theme import Picture
 from matkv.report.runs import Run, percent, slug, styles, title_of
 
@@ -50,38 +49,9 @@ def shown_budgets(tables: dict[float, RankTable]) -> list[float]:
 
 
 def _rank_maps(run: Run, runs: Sequence[Run]) -> Picture:
-    tables = run.artifact.tables
-    shown = [
-        Map(
-            title=f"{percent(budget)}\n{side}s {tables[budget].share(side):.0%}",
-            cells=_fractions(tables[budget], side),
-            rows=[str(layer) for layer in tables[budget].geometry.growing],
-        )
-        for budget in shown_budgets(tables)
-        for side in SIDES
-    ]
-    return maps(
-        slug(run, runs, "ranks"),
-        shown,
-        x="head",
-        y="layer",
-        bar="columns kept of the head dim",
-        text="Ranks of every layer and KV head, keys and values side by side, for each budget.",
-        caption=title_of(
-            run, runs, "Ranks of every layer and KV head, and what each side keeps of all."
-        ),
-    )
-
-
-def _fractions(table: RankTable, side: Side) -> list[list[float]]:
-    """Kept share of every growing layer and head; NaN where a layer has fewer heads."""
-    shapes = table.geometry.layers
-    heads = max(shapes[layer].kv_heads for layer in table.geometry.growing)
-    return [
-        [rank / shapes[layer].head_dim for rank in table.side(side)[layer]]
-        + [math.nan] * (heads - shapes[layer].kv_heads)
-        for layer in table.geometry.growing
-    ]
+    shown = {budget: run.artifact.tables[budget] for budget in shown_budgets(run.artifact.tables)}
+    caption = "Ranks of every layer and KV head, and what each side keeps of all."
+    return rank_maps(slug(run, runs, "ranks"), shown, caption=title_of(run, runs, caption))
 
 
 def _shares(run: Run, runs: Sequence[Run]) -> Table:
@@ -151,7 +121,7 @@ def _holding(runs: Sequence[Run]) -> Picture:
         drawn = []
         for index, run in enumerate(runs):
             points: list[Point] = []
-            bounds: list[Point] = []
+            bounds: list[Point | None] = []
             for layer in run.artifact.geometry.growing:
                 energy_GD = run.artifact.bases[layer][side].energy_GD.double()
                 reached_GD = energy_GD.cumsum(1) < HELD * energy_GD.sum(1, keepdim=True)
@@ -206,7 +176,7 @@ def _training(run: Run, runs: Sequence[Run], count: int, points: Sequence[CurveP
         for budget, loss in point.probes.items():
             probes.setdefault(float(budget), []).append((float(point.tokens), loss))
     x = Axis(label="tokens seen")
-    y = Axis(label="nats a token", log=True)
+    y = Axis(label="nats a token", log=10)
     held_out = [
         Line(
             label=percent(budget),
@@ -216,7 +186,8 @@ def _training(run: Run, runs: Sequence[Run], count: int, points: Sequence[CurveP
         for order, (budget, its) in enumerate(sorted(probes.items(), reverse=True))
     ]
     panels = [Panel(title="held-out text, by budget", x=x, y=y, lines=held_out)] if held_out else []
-    steps_line = Line(label="training loss", points=steps, style=6, plain=True)
+    spare = len(looks) + len(probes)
+    steps_line = Line(label="training loss", points=steps, style=spare, plain=True)
     panels.append(Panel(title="training, mean of the steps between", x=x, y=y, lines=[steps_line]))
     name = "training" if count == 1 else f"training-{count}"
     return lines(

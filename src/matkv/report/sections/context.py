@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
-from matkv.artifact.records import Record
 from matkv.report.page import Block, Cell, Missing, Section, Table
-from matkv.report.pictures.figures import Axis, Line, Panel, Point, context_ticks, lines
-from matkv.report.runs import Run, Series, having, number, series, slug, styles, title_of, way_of
-from matkv.report.sections.quality import PANELS, Source, source_of
+from matkv.report.pictures.figures import Axis, Line, Panel, Point, lines
+from matkv.report.rows import Needle, Position, Source
+from matkv.report.runs import Run, Series, Styles, series, slug, styles, title_of
+from matkv.report.sections.quality import PANELS
 
 NEEDLE = "matkv evaluate RUN --budget 0.75 --budget 0.5 --long-context 2048"
 POSITIONS = "matkv evaluate RUN --budget 0.75 --budget 0.5 --by-position"
@@ -25,29 +27,31 @@ def context_section(runs: Sequence[Run]) -> Section:
     return Section("context", "Long context", blocks)
 
 
-def _mean(rows: Sequence[Record], name: str) -> float | None:
-    """Mean over depths, each counted with its number of trials."""
-    pairs = [(number(row, name), number(row, "n") or 1.0) for row in rows]
-    found = [(value, count) for value, count in pairs if value is not None]
-    total = sum(count for _, count in found)
-    return sum(value * count for value, count in found) / total if found else None
+def _mean(rows: Sequence[Needle]) -> float:
+    """Mean accuracy over depths, each counted with its number of trials."""
+    return sum(row.accuracy * row.n for row in rows) / sum(row.n for row in rows)
 
 
-def _error(rows: Sequence[Record]) -> float | None:
-    """Standard error of the mean over depths."""
-    count = sum(number(row, "n") or 1.0 for row in rows)
-    errors = [(number(row, "stderr"), number(row, "n") or 1.0) for row in rows]
-    if any(error is None for error, _ in errors) or not errors:
+def _loss(rows: Sequence[Needle]) -> float | None:
+    """Mean loss of the answers where it was measured."""
+    found = [(row.answer_loss, row.n) for row in rows if row.answer_loss is not None]
+    return sum(loss * n for loss, n in found) / sum(n for _, n in found) if found else None
+
+
+def _error(rows: Sequence[Needle]) -> float | None:
+    """Standard error of the mean over depths; None where one is not known."""
+    errors = [row.stderr * row.n for row in rows if row.stderr is not None]
+    if len(errors) < len(rows):
         return None
-    return float(sum(((error or 0.0) * n) ** 2 for error, n in errors) ** 0.5 / count)
+    return math.hypot(*errors) / sum(row.n for row in rows)
 
 
 def _needle(run: Run, runs: Sequence[Run]) -> list[Block]:
-    rows = _largest(having(run.rows["needle"], "context", "accuracy"))
+    rows = _largest(run.read(Needle))
     if not rows:
         return []
-    tests, looks = sorted(set(map(_test, rows))), styles(runs)
-    panels = [_needle_panel([r for r in rows if _test(r) == test], test, looks) for test in tests]
+    tests, looks = sorted({row.title for row in rows}), styles(runs)
+    panels = [_needle_panel([r for r in rows if r.title == test], test, looks) for test in tests]
     chart = lines(
         slug(run, runs, "needle"),
         panels,
@@ -57,47 +61,40 @@ def _needle(run: Run, runs: Sequence[Run]) -> list[Block]:
     return [chart, *(_needle_table(run, runs, rows, test) for test in tests)]
 
 
-def _test(row: Record) -> str:
-    """The test, and what hides its fact."""
-    return ", ".join(str(row[name]) for name in ("test", "filler") if row.get(name)) or "needle"
-
-
-def _largest(rows: Sequence[Record]) -> list[Record]:
+def _largest(rows: Sequence[Needle]) -> list[Needle]:
     """Of rows that differ by nothing but the number of samples, the one with the most."""
-    found: dict[tuple[object, ...], Record] = {}
-    for row in sorted(rows, key=lambda row: number(row, "n") or 0.0):
-        place = (number(row, name) for name in ("budget", "context", "depth"))
-        found[(_test(row), way_of(row), row.get("dtype"), *place)] = row
+    found: dict[tuple[object, ...], Needle] = {}
+    for row in sorted(rows, key=lambda row: row.n):
+        found[(row.title, row.budget, row.way, row.dtype, row.context, row.depth)] = row
     return list(found.values())
 
 
-def _needle_panel(
-    rows: Sequence[Record], test: str, looks: dict[float | None, int | None]
-) -> Panel:
-    contexts = sorted({number(row, "context") or 0.0 for row in rows})
+def _needle_panel(rows: Sequence[Needle], test: str, looks: Styles) -> Panel:
     drawn = []
     for one in series(rows):
-        points, bounds = [], []
-        for context in contexts:
-            at = _at(one.rows, context)
-            value, error = _mean(at, "accuracy"), _error(at) or 0.0
-            if value is not None:
-                points.append((context, value))
-                bounds.append((max(0.0, value - error), min(1.0, value + error)))
+        points, bounds = [], list[Point | None]()
+        for context, at in _by_context(one.rows):
+            value, error = _mean(at), _error(at)
+            points.append((context, value))
+            bounds.append(
+                None if error is None else (max(0.0, value - error), min(1.0, value + error))
+            )
         drawn.append(_drawn(one, points, looks, bounds))
     return Panel(
         title=test,
-        x=Axis(label="tokens of context", log=True, ticks=context_ticks(contexts)),
+        x=Axis(label="tokens of context", log=2),
         y=Axis(label="accuracy", percent=True, zero=True, top=1),
         lines=drawn,
     )
 
 
+def _by_context(rows: Sequence[Needle]) -> list[tuple[float, list[Needle]]]:
+    contexts = sorted({row.context for row in rows})
+    return [(one, [row for row in rows if row.context == one]) for one in contexts]
+
+
 def _drawn(
-    one: Series,
-    points: Sequence[Point],
-    looks: dict[float | None, int | None],
-    bounds: Sequence[Point] = (),
+    one: Series[Any], points: Sequence[Point], looks: Styles, bounds: Sequence[Point | None] = ()
 ) -> Line:
     return Line(
         label=str(one),
@@ -108,24 +105,13 @@ def _drawn(
     )
 
 
-def _at(rows: Sequence[Record], context: float) -> list[Record]:
-    return [row for row in rows if number(row, "context") == context]
-
-
-def _needle_table(run: Run, runs: Sequence[Run], rows: Sequence[Record], test: str) -> Table:
-    own = [row for row in rows if _test(row) == test]
-    contexts = sorted({number(row, "context") or 0.0 for row in own})
+def _needle_table(run: Run, runs: Sequence[Run], rows: Sequence[Needle], test: str) -> Table:
+    own = [row for row in rows if row.title == test]
+    contexts = [context for context, _ in _by_context(own)]
     body = []
     for one in series(own):
-        cells = [Cell(str(one))]
-        for context in contexts:
-            at = _at(one.rows, context)
-            value, error, loss = _mean(at, "accuracy"), _error(at), _mean(at, "answer_loss")
-            shown = "–" if value is None else f"{value:.0%}"
-            small = "" if error is None else f"±{100 * error:.0f}"
-            small += "" if loss is None else f" · {loss:.2f} nats"
-            cells.append(Cell(shown, small.strip(" ·")))
-        body.append(cells)
+        measured = dict(_by_context(one.rows))
+        body.append([Cell(str(one)), *(_needle_cell(measured.get(c, ())) for c in contexts)])
     return Table(
         header=("budget", *(f"{context:,.0f} tokens" for context in contexts)),
         rows=body,
@@ -134,14 +120,23 @@ def _needle_table(run: Run, runs: Sequence[Run], rows: Sequence[Record], test: s
     )
 
 
-def _positions(run: Run, runs: Sequence[Run]) -> list[Block]:
-    rows = having(run.rows["positions"], "start", "end", "perplexity")
+def _needle_cell(rows: Sequence[Needle]) -> Cell:
+    """Accuracy, and small beside it its error and the answers' loss."""
     if not rows:
+        return Cell("–")
+    error, loss = _error(rows), _loss(rows)
+    small = ["" if error is None else f"±{100 * error:.0f}"]
+    small.append("" if loss is None else f"{loss:.2f} nats")
+    return Cell(f"{_mean(rows):.0%}", " · ".join(part for part in small if part))
+
+
+def _positions(run: Run, runs: Sequence[Run]) -> list[Block]:
+    found: dict[Source, list[Position]] = {}
+    for row in run.read(Position):
+        found.setdefault(row.source, []).append(row)
+    if not found:
         return []
     looks = styles(runs)
-    found: dict[Source, list[Record]] = {}
-    for row in rows:
-        found.setdefault(source_of(row), []).append(row)
     panels = [
         _positions_panel(its, str(source), looks)
         for source, its in sorted(found.items(), key=lambda item: (-len(item[1]), str(item[0])))
@@ -156,23 +151,19 @@ def _positions(run: Run, runs: Sequence[Run]) -> list[Block]:
     ]
 
 
-def _positions_panel(
-    rows: Sequence[Record], title: str, looks: dict[float | None, int | None]
-) -> Panel:
+def _positions_panel(rows: Sequence[Position], title: str, looks: Styles) -> Panel:
     drawn = []
     for one in series(rows):
-        points = [(_middle(row), number(row, "perplexity") or 0.0) for row in one.rows]
+        points = [(_middle(row), row.perplexity) for row in one.rows]
         drawn.append(_drawn(one, points, looks))
-    ends = {number(row, "end") or 1.0 for row in rows}
     return Panel(
         title=title,
-        x=Axis(label="position of the token", log=True, ticks=context_ticks(sorted(ends))),
-        y=Axis(label="perplexity", log=True),
+        x=Axis(label="position of the token", log=2),
+        y=Axis(label="perplexity", log=10),
         lines=drawn,
     )
 
 
-def _middle(row: Record) -> float:
+def _middle(row: Position) -> float:
     """The geometric middle of a span of positions: the axis is logarithmic."""
-    start, end = number(row, "start") or 0.0, number(row, "end") or 1.0
-    return float(((start + 1) * max(end, start + 1)) ** 0.5)
+    return math.sqrt((row.start + 1) * max(row.end, row.start + 1))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matkv.artifact.records import Record
 from matkv.report.page import Headline, Tile
-from matkv.report.runs import Run, having, line_name, number, percent, way_of
+from matkv.report.rows import Measured, Timed
+from matkv.report.runs import Run, line_name, percent
 from matkv.report.sections.accuracy import full_of, retention, scores, task_names
 from matkv.report.sections.made import stale_note
-from matkv.report.sections.quality import Curve, curves, full_row, kept, sources, text_name
+from matkv.report.sections.quality import Curve, curves, full_row, sources
 
 # A loss that many users accept without looking twice: the smallest budget within it leads.
 TOLERANCE = 1.1
@@ -20,13 +20,13 @@ TOLERANCE = 1.1
 class Choice:
     """The budget that leads the report: its row, its curve, and the full cache's row."""
 
-    row: Record
+    row: Measured
     curve: Curve
-    full: Record
+    full: Measured
 
     @property
     def factor(self) -> float:
-        return (number(self.row, "perplexity") or 0.0) / (number(self.full, "perplexity") or 1.0)
+        return self.row.perplexity / self.full.perplexity
 
 
 def choose(runs: Sequence[Run]) -> Choice | None:
@@ -43,12 +43,12 @@ def choose(runs: Sequence[Run]) -> Choice | None:
             Choice(row=row, curve=curve, full=full)
             for curve in curves(runs, source)
             for row in curve.rows
-            if kept(row) < 1
+            if row.share < 1
         ]
         plain = [one for one in found if not one.curve.way.sink and not one.curve.way.recent]
         fine = [one for one in plain or found if one.factor <= TOLERANCE]
         if fine:
-            return min(fine, key=lambda one: (round(kept(one.row), 4), one.factor))
+            return min(fine, key=lambda one: (round(one.row.share, 4), one.factor))
         return min(plain or found, key=lambda one: one.factor, default=None)
     return None
 
@@ -76,12 +76,12 @@ def _name(runs: Sequence[Run], choice: Choice) -> str:
 
 
 def _sentence(runs: Sequence[Run], choice: Choice) -> str:
-    before, after = (number(row, "perplexity") or 0.0 for row in (choice.full, choice.row))
+    before, after = choice.full.perplexity, choice.row.perplexity
     which = _name(runs, choice)
     with_ = f" ({which})" if which else ""
     text = (
-        f"With {percent(kept(choice.row))} of the cache's bytes{with_}, perplexity on "
-        f"{text_name(choice.row)} goes from {before:,.2f} to {after:,.2f}, "
+        f"With {percent(choice.row.share)} of the cache's bytes{with_}, perplexity on "
+        f"{choice.row.text_name} goes from {before:,.2f} to {after:,.2f}, "
         f"{choice.factor - 1:+.1%}"
     )
     accuracy = _accuracy(runs, choice)
@@ -96,7 +96,7 @@ def _sentence(runs: Sequence[Run], choice: Choice) -> str:
 
 def _accuracy(runs: Sequence[Run], choice: Choice) -> tuple[float, int] | None:
     tasks, found = task_names(runs), scores(runs)
-    full, budget = full_of(found), number(choice.row, "budget")
+    full, budget = full_of(found), choice.row.budget
     name = line_name(choice.curve.run, runs, choice.curve.way)
     ours = next((one for one in found if (one.run, one.budget) == (name, budget)), None)
     if ours is None or full is None:
@@ -107,11 +107,10 @@ def _accuracy(runs: Sequence[Run], choice: Choice) -> tuple[float, int] | None:
 
 def _tiles(runs: Sequence[Run], choice: Choice) -> list[Tile]:
     tiles = []
-    sizes = [number(row, "bytes_per_token") for row in (choice.full, choice.row)]
-    if sizes[0] and sizes[1]:
-        note = f"of cache, {sizes[0]:,.0f} before"
-        tiles.append(Tile("bytes a token", f"{sizes[1]:,.0f}", note))
-    before, after = (number(row, "perplexity") or 0.0 for row in (choice.full, choice.row))
+    full, size = choice.full.bytes_per_token, choice.row.bytes_per_token
+    if full is not None and size is not None:
+        tiles.append(Tile("bytes a token", f"{size:,.0f}", f"of cache, {full:,.0f} before"))
+    before, after = choice.full.perplexity, choice.row.perplexity
     tiles.append(Tile("perplexity", f"{after:,.2f}", f"{before:,.2f} with the full cache"))
     accuracy = _accuracy(runs, choice)
     if accuracy is not None:
@@ -127,11 +126,10 @@ def _tiles(runs: Sequence[Run], choice: Choice) -> list[Tile]:
 
 def _speed(choice: Choice) -> tuple[float, float] | None:
     """Speedup over DynamicCache at the longest context that was timed with this budget."""
-    budget = number(choice.row, "budget")
-    rows = having(choice.curve.run.rows["benchmark"], "context", "speedup", "budget")
-    rows = [row for row in rows if number(row, "budget") == budget]
-    rows = [row for row in rows if way_of(row) == choice.curve.way]
-    last = max(rows, key=lambda row: number(row, "context") or 0.0, default=None)
-    if last is None:
-        return None
-    return number(last, "context") or 0.0, number(last, "speedup") or 0.0
+    rows = choice.curve.run.read(Timed)
+    timed = [
+        (row.context, row.speedup)
+        for row in rows
+        if row.budget == choice.row.budget and row.speedup is not None
+    ]
+    return max(timed, key=lambda one: one[0], default=None)

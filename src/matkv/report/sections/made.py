@@ -8,6 +8,7 @@ from typing import Any
 
 from matkv.artifact.records import Record
 from matkv.report.page import Block, Cell, Facts, Missing, Sample, Section, Table
+from matkv.report.rows import Told
 from matkv.report.runs import KINDS, Run, as_text, percent, series, title_of
 
 SAMPLES = "matkv report RUN --samples"
@@ -19,12 +20,11 @@ def samples_section(runs: Sequence[Run]) -> Section:
     """Answers to every prompt side by side, the full cache first."""
     answers: dict[str, dict[str, str]] = {}
     for run in runs:
-        rows = [row for row in run.rows["samples"] if row.get("prompt") and "text" in row]
-        for one in series(rows):
+        for one in series([row for row in run.read(Told) if row.prompt]):
             # The full cache is every run's: its first answer stands for all.
             name = percent(None) if one.budget is None else title_of(run, runs, str(one))
             for row in one.rows:
-                answers.setdefault(str(row["prompt"]), {}).setdefault(name, str(row["text"]))
+                answers.setdefault(row.prompt, {}).setdefault(name, row.text)
     if not answers:
         return Section("samples", "Generated text", [Missing("No text was kept yet:", SAMPLES)])
     blocks = [Sample(prompt, list(its.items())) for prompt, its in answers.items()]

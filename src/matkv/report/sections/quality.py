@@ -6,32 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matkv.artifact.records import Record
 from matkv.artifact.setting import Setting
 from matkv.report.page import Block, Cell, Missing, Table
-from matkv.report.pictures.figures import Axis, Line, Panel, budget_ticks, lines
+from matkv.report.pictures.figures import Axis, Line, Panel, lines
 from matkv.report.pictures.theme import Picture
-from matkv.report.runs import Run, amount, having, line_name, number, percent, way_of, ways
+from matkv.report.rows import Measured, Source
+from matkv.report.runs import Run, amount, line_name, percent, series
 
 PANELS = 4
 # Beyond so many times the full cache's perplexity a model talks nonsense, more or less of it.
 CEILING = 20
 CUT = f"Perplexities beyond {CEILING} times the full cache's are cut off; the tables have them."
 COMMAND = "matkv evaluate RUN --budget 0.75 --budget 0.5 --budget 0.25"
-
-
-@dataclass(frozen=True)
-class Source:
-    """What perplexity was measured on: a text in windows of so many tokens, in one dtype."""
-
-    text: str
-    window_tokens: int | None = None
-    dtype: str = ""
-    digest: str = ""
-
-    def __str__(self) -> str:
-        length = "" if self.window_tokens is None else f"{self.window_tokens:,}-token windows"
-        return ", ".join(part for part in (self.text, length, self.dtype) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +27,13 @@ class Curve:
     run: Run
     way: Setting
     label: str
-    rows: Sequence[Record]
-
-
-def source_of(row: Record) -> Source:
-    """What a row was measured on."""
-    length = number(row, "window_tokens") or number(row, "length") or number(row, "context")
-    dtype, digest = str(row.get("dtype") or ""), str(row.get("data") or row.get("text_digest"))
-    return Source(text_name(row), None if length is None else int(length), dtype, digest)
-
-
-def text_name(row: Record) -> str:
-    """The text as readers know it: a file by its name, the packaged one by what it is."""
-    text = str(row.get("text") or "held-out text")
-    return "held-out articles" if text == "default" else text.rstrip("/").split("/")[-1]
+    rows: Sequence[Measured]
 
 
 def sources(runs: Sequence[Run]) -> list[Source]:
     """Every text, the one with the most rows first."""
-    rows = [row for run in runs for row in having(run.rows["perplexity"], "perplexity", "budget")]
-    counts = Counter(map(source_of, rows))
+    rows = [row for run in runs for row in run.read(Measured) if row.budget is not None]
+    counts = Counter(row.source for row in rows)
     return sorted(counts, key=lambda source: (-counts[source], str(source)))
 
 
@@ -68,20 +41,20 @@ def curves(runs: Sequence[Run], source: Source) -> list[Curve]:
     """A curve for every run and every way it was used on one text."""
     found = []
     for run in runs:
-        rows = having(run.rows["perplexity"], "perplexity", "budget")
-        rows = [row for row in rows if source_of(row) == source]
-        rows.sort(key=lambda row: -(number(row, "budget") or 0.0))
-        for way in ways(rows):
-            own = [row for row in rows if way_of(row) == way]
-            found.append(Curve(run=run, way=way, label=line_name(run, runs, way), rows=own))
+        ways: dict[Setting, list[Measured]] = {}
+        for one in series([row for row in run.read(Measured) if row.source == source]):
+            if one.budget is not None:
+                ways.setdefault(one.way, []).extend(one.rows)
+        for way in sorted(ways, key=lambda way: (way.uniform, way.sink, way.recent)):
+            label = line_name(run, runs, way)
+            found.append(Curve(run=run, way=way, label=label, rows=ways[way]))
     return found
 
 
-def full_row(runs: Sequence[Run], source: Source) -> Record | None:
+def full_row(runs: Sequence[Run], source: Source) -> Measured | None:
     """The full cache's row on a text: the same in every run, as the model is."""
-    rows = [row for run in runs for row in having(run.rows["perplexity"], "perplexity")]
-    fitting = (row for row in rows if row.get("budget") is None and source_of(row) == source)
-    return next(fitting, None)
+    rows = (row for run in runs for row in run.read(Measured))
+    return next((row for row in rows if row.budget is None and row.source == source), None)
 
 
 def quality_blocks(runs: Sequence[Run]) -> list[Block]:
@@ -93,51 +66,44 @@ def quality_blocks(runs: Sequence[Run]) -> list[Block]:
     return [_picture(runs, found[:PANELS]), *tables]
 
 
-def kept(row: Record) -> float:
-    """The share of bytes that the ranks really keep."""
-    share = number(row, "kept")
-    return share if share is not None else number(row, "budget") or 0.0
-
-
-def spread(row: Record) -> tuple[float, float]:
-    """Perplexity one standard error of the mean log-likelihood to either side."""
-    value, error = number(row, "perplexity") or 0.0, number(row, "stderr") or 0.0
-    return value * (1 - error), value * (1 + error)
-
-
 def readable(values: Sequence[float], full: float | None) -> tuple[float, float] | None:
     """The span of perplexities to draw where some are so high that the others would look alike."""
-    if full is None or max(values, default=0.0) <= CEILING * full:
+    if full is None or max(values, default=full) <= CEILING * full:
         return None
     return 0.75 * min(*values, full), CEILING * full
+
+
+def perplexity_panel(
+    title: str, x: Axis, shown: Sequence[Line], full_cache: Measured | float | None
+) -> Panel:
+    """Perplexity against bytes, with the full cache's as a level."""
+    full = full_cache.perplexity if isinstance(full_cache, Measured) else full_cache
+    values = [value for line in shown for _, value in line.points]
+    return Panel(
+        title=title,
+        x=x,
+        y=Axis(label="perplexity", log=10, span=readable(values, full)),
+        lines=[line for line in shown if line.points],
+        levels=[] if full is None else [(full, f"full cache {amount(full)}")],
+    )
 
 
 def _picture(runs: Sequence[Run], shown: Sequence[Source]) -> Picture:
     labels = list(dict.fromkeys(c.label for source in shown for c in curves(runs, source)))
     panels = []
     for source in shown:
-        its = curves(runs, source)
         full = full_row(runs, source)
-        value = None if full is None else number(full, "perplexity")
-        values = [number(row, "perplexity") or 0.0 for curve in its for row in curve.rows]
-        panels.append(
-            Panel(
-                title=str(source),
-                x=Axis(label="cache bytes kept", ticks=budget_ticks([kept(r) for c in its
-                                                                     for r in c.rows])),
-                y=Axis(label="perplexity", log=True, span=readable(values, value)),
-                lines=[
-                    Line(
-                        label=curve.label,
-                        points=[(kept(r), number(r, "perplexity") or 0.0) for r in curve.rows],
-                        bounds=[spread(row) for row in curve.rows],
-                        style=labels.index(curve.label),
-                    )
-                    for curve in its
-                ],
-                levels=[] if value is None else [(value, f"full cache {value:.2f}")],
+        drawn = [
+            Line(
+                label=curve.label,
+                points=[(row.share, row.perplexity) for row in curve.rows],
+                bounds=[row.spread for row in curve.rows],
+                style=labels.index(curve.label),
             )
-        )  # fmt: skip
+            for curve in curves(runs, source)
+        ]
+        x = Axis(label="cache bytes kept", percent=True)
+        panels.append(perplexity_panel(str(source), x, drawn, full))
     return lines(
         "quality",
         panels,
@@ -165,14 +131,18 @@ def _table(runs: Sequence[Run], source: Source, *, folded: bool) -> Table:
     )
 
 
-def _cells(row: Record, full: Record | None) -> list[Cell]:
-    value, size = number(row, "perplexity") or 0.0, number(row, "bytes_per_token")
-    base = None if full is None else number(full, "perplexity")
-    error = number(row, "stderr")
+def perplexity_cell(row: Measured, *, best: bool = False) -> Cell:
+    """A perplexity with its standard error."""
+    error = "" if row.stderr is None else f"±{amount(row.perplexity * row.stderr)}"
+    return Cell(amount(row.perplexity), error, best)
+
+
+def _cells(row: Measured, full: Measured | None) -> list[Cell]:
+    size = row.bytes_per_token
     return [
-        Cell(percent(number(row, "budget"))),
-        Cell(percent(kept(row)) if row.get("budget") is not None else "100%"),
+        Cell(percent(row.budget)),
+        Cell(percent(row.share)),
         Cell("" if size is None else f"{size:,.0f}"),
-        Cell(amount(value), "" if error is None else f"±{amount(value * error)}"),
-        Cell("" if not base else f"{value / base:,.3f}"),
+        perplexity_cell(row),
+        Cell("" if full is None else f"{row.perplexity / full.perplexity:,.3f}"),
     ]

@@ -10,7 +10,8 @@ from matkv.report.page import Block, Cell, Facts, Headline, Missing, Section, Ta
 from matkv.report.pictures.figures import Axis, Line, Panel, lines
 from matkv.report.pictures.sizes import Ladder, SizeMap, ladder_lines, size_maps
 from matkv.report.pictures.theme import Picture
-from matkv.report.runs import as_text, number
+from matkv.report.rows import number
+from matkv.report.runs import as_text
 
 EVALUATE = "matkv embed evaluate RUN --pairs PAIRS.jsonl"
 REFERENCE = "untrained"
@@ -201,9 +202,10 @@ def _training(models: Sequence[Embedder]) -> Section:
             Line(
                 label=part,
                 points=[
-                    (number(point, "step") or 0.0, value)
+                    (step, value)
                     for point in curve
                     if (value := number(point, part)) is not None
+                    and (step := number(point, "step")) is not None
                 ],
                 style=style,
                 plain=True,

@@ -4,77 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matkv.artifact.records import Record
 from matkv.report.page import Block, Cell, Missing, Section, Table
-from matkv.report.pictures.figures import Axis, Line, Panel, context_ticks, lines
+from matkv.report.pictures.decoding import MEGABYTE, cache_panel, step_panel, throughput_panel
+from matkv.report.pictures.figures import lines
 from matkv.report.pictures.theme import Picture
-from matkv.report.runs import Run, having, number, percent, slug, styles, title_of, way_of
+from matkv.report.rows import Timed
+from matkv.report.runs import Run, slug, styles, title_of
 
 COMMAND = "matkv benchmark RUN"
 NOTE = (
     "Speedup: over DynamicCache, with quartiles of rounds that took turns. Peak: weights, cache "
     "and what a step takes on top."
 )
-MEGABYTE = 1e6
-Styles = dict[float | None, int | None]
 
 
 def speed_section(runs: Sequence[Run]) -> Section:
     """Time and bytes against context, and throughput where batches were measured."""
     blocks: list[Block] = []
     for run in runs:
-        rows = having(run.rows["benchmark"], "context", "batch", "step_ms")
-        for index, its in enumerate(_by_dtype(rows)):
-            name = "speed" if index == 0 else f"speed-{its[0].get('dtype')}"
-            longest = max(number(row, "context") or 0.0 for row in its)
-            last = [row for row in its if number(row, "context") == longest]
-            blocks += [_picture(run, runs, its, name), _table(run, runs, last)]
-            if len(last) < len(its):
-                blocks.append(_table(run, runs, its, folded=True))
+        dtypes: dict[str, list[Timed]] = {}
+        for row in run.read(Timed):
+            dtypes.setdefault(row.dtype, []).append(row)
+        for index, rows in enumerate(sorted(dtypes.values(), key=len, reverse=True)):
+            name = "speed" if index == 0 else f"speed-{rows[0].dtype}"
+            longest = max(row.context for row in rows)
+            last = [row for row in rows if row.context == longest]
+            blocks += [_picture(run, runs, rows, name), _table(run, runs, last)]
+            if len(last) < len(rows):
+                blocks.append(_table(run, runs, rows, folded=True))
     if not blocks:
         blocks.append(Missing("Neither speed nor memory was measured yet:", COMMAND))
     return Section("speed", "Speed and memory", blocks)
 
 
-def _by_dtype(rows: Sequence[Record]) -> list[list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for row in rows:
-        found.setdefault(str(row.get("dtype") or ""), []).append(row)
-    return sorted(found.values(), key=len, reverse=True)
-
-
-def _names(rows: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(_name(row) for row in rows))
-
-
-def _name(row: Record) -> str:
-    name, budget, way = str(row.get("name") or ""), number(row, "budget"), str(way_of(row))
-    return name if budget is None else f"matkv {percent(budget)}" + (f", {way}" if way else "")
-
-
-def _picture(run: Run, runs: Sequence[Run], rows: Sequence[Record], name: str) -> Picture:
-    """Time of a step and bytes of the cache against context at the smallest batch."""
-    batch = min(number(row, "batch") or 1.0 for row in rows)
-    shown, looks = [row for row in rows if number(row, "batch") == batch], styles(runs)
-    contexts = [number(row, "context") or 0.0 for row in shown]
-    x = Axis(label="cached tokens", log=True, ticks=context_ticks(contexts))
-    panels = [
-        Panel(
-            title=f"decoding step, batch {batch:.0f}",
-            x=x,
-            y=Axis(label="milliseconds", log=True),
-            lines=_lines(shown, "step_ms", 1.0, looks, bounds=True),
-        ),
-        Panel(
-            title=f"cache, batch {batch:.0f}",
-            x=x,
-            y=Axis(label="megabytes", log=True),
-            lines=_lines(having(shown, "cache_bytes"), "cache_bytes", MEGABYTE, looks),
-        ),
-    ]
-    batches = sorted({number(row, "batch") or 1.0 for row in rows})
-    if len(batches) > 1:
-        panels.append(_throughput(rows, looks))
+def _picture(run: Run, runs: Sequence[Run], rows: Sequence[Timed], name: str) -> Picture:
+    """Time of a step and bytes of the cache, and throughput where there are several batches."""
+    looks = styles(runs)
+    panels = [step_panel(rows, looks), cache_panel(rows, looks)]
+    if len({row.batch for row in rows}) > 1:
+        panels.append(throughput_panel(rows, looks))
     return lines(
         slug(run, runs, name),
         [panel for panel in panels if panel.lines],
@@ -86,60 +54,11 @@ def _picture(run: Run, runs: Sequence[Run], rows: Sequence[Record], name: str) -
     )  # fmt: skip
 
 
-def _throughput(rows: Sequence[Record], looks: Styles) -> Panel:
-    context = max(number(row, "context") or 0.0 for row in rows)
-    at = [row for row in rows if number(row, "context") == context]
-    batches = sorted({number(row, "batch") or 1.0 for row in at})
-    return Panel(
-        title=f"throughput at {context:,.0f} cached tokens",
-        x=Axis(label="batch", log=True, ticks=[(batch, f"{batch:g}") for batch in batches]),
-        y=Axis(label="tokens a second", zero=True),
-        lines=_lines(having(at, "tokens_per_second"), "tokens_per_second", 1.0, looks, x="batch"),
-    )
-
-
-def _lines(
-    rows: Sequence[Record],
-    name: str,
-    unit: float,
-    looks: Styles,
-    *,
-    x: str = "context",
-    bounds: bool = False,
-) -> list[Line]:
-    drawn, full = [], 0
-    for label in _names(rows):
-        own = [row for row in rows if _name(row) == label]
-        budget = number(own[0], "budget")
-        # The second full cache needs a look of its own; budgets hardly number that many.
-        style = looks.get(budget)
-        if budget is None:
-            style, full = (None if full == 0 else 6), full + 1
-        ends = having(own, f"{name}_low", f"{name}_high") if bounds else []
-        spread = [
-            ((number(row, f"{name}_low") or 0.0), (number(row, f"{name}_high") or 0.0))
-            for row in own
-        ]
-        drawn.append(
-            Line(
-                label=label,
-                points=[(number(row, x) or 0.0, (number(row, name) or 0.0) / unit) for row in own],
-                bounds=spread if bounds and len(ends) == len(own) else (),
-                style=style,
-                dashed=budget is None or bool(str(way_of(own[0]))),
-            )
-        )
-    return drawn
-
-
-def _table(run: Run, runs: Sequence[Run], rows: Sequence[Record], *, folded: bool = False) -> Table:
+def _table(run: Run, runs: Sequence[Run], rows: Sequence[Timed], *, folded: bool = False) -> Table:
     body: list[Sequence[Cell]] = []
-    situations = dict.fromkeys((number(row, "context"), number(row, "batch")) for row in rows)
-    for context, batch in situations:
+    for context, batch in dict.fromkeys((row.context, row.batch) for row in rows):
         body.append([Cell(f"{context:,.0f} cached tokens, batch {batch:.0f}")])
-        for row in rows:
-            if (number(row, "context"), number(row, "batch")) == (context, batch):
-                body.append(_cells(row))
+        body += [_cells(row) for row in rows if (row.context, row.batch) == (context, batch)]
     header = ("cache", "step ms", "speedup", "tokens/s", "first token ms", "cache MB", "peak MB")
     return Table(
         header=header,
@@ -152,19 +71,18 @@ def _table(run: Run, runs: Sequence[Run], rows: Sequence[Record], *, folded: boo
     )
 
 
-def _cells(row: Record) -> list[Cell]:
-    def shown(name: str, unit: float = 1.0, places: int = 0) -> str:
-        value = number(row, name)
+def _cells(row: Timed) -> list[Cell]:
+    def shown(value: float | None, unit: float = 1.0, places: int = 0) -> str:
         return "–" if value is None else f"{value / unit:,.{places}f}"
 
-    low, high = number(row, "speedup_low"), number(row, "speedup_high")
+    low, high = row.speedup_low, row.speedup_high
     quartiles = "" if low is None or high is None else f"{low:.2f}–{high:.2f}"
     return [
-        Cell(_name(row)),
-        Cell(shown("step_ms", 1.0, 1)),
-        Cell(shown("speedup", 1.0, 2), quartiles),
-        Cell(shown("tokens_per_second", 1.0, 1)),
-        Cell(shown("first_token_ms")),
-        Cell(shown("cache_bytes", MEGABYTE, 1)),
-        Cell(shown("peak_bytes", MEGABYTE)),
+        Cell(row.label),
+        Cell(shown(row.step_ms, places=1)),
+        Cell(shown(row.speedup, places=2), quartiles),
+        Cell(shown(row.tokens_per_second, places=1)),
+        Cell(shown(row.first_token_ms)),
+        Cell(shown(row.cache_bytes, MEGABYTE, 1)),
+        Cell(shown(row.peak_bytes, MEGABYTE)),
     ]
