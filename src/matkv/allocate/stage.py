@@ -14,11 +14,12 @@ uniform   the same rank everywhere, to compare with
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from matkv.allocate.config import AllocateConfig
@@ -32,6 +33,7 @@ from matkv.artifact.history import Allocated
 from matkv.data.batch import Tokens
 from matkv.errors import DataError
 from matkv.hf.geometry import geometry_of
+from matkv.hf.memory import check_fits
 from matkv.hf.weights import fingerprint
 from matkv.ranks import RankTable
 
@@ -60,6 +62,7 @@ def allocate(
     Raises:
         BudgetError: the constraints allow no table for a budget, or none holds an error limit.
         DataError: there is too little text.
+        MatkvError: a size is more than the device's memory holds.
         RankError: the constraints do not fit the model.
         FingerprintError: the artifact was made for another model.
     """
@@ -67,7 +70,9 @@ def allocate(
     artifact.check(geometry_of(model.config), fingerprint(model))
     space = Space.of(artifact.geometry, config.constraints)
     budgets = _budgets(space, config)
+    _check_text(model, config)
     held_out, texts = _texts(model, batches, config)
+    _check_search(model, config, space, texts)
     started = time.perf_counter()
     was_training = model.training
     model.eval()
@@ -97,6 +102,34 @@ def allocate(
         checks=tuple(checks),
     )
     return replace(artifact, tables=tables).with_history(entry)
+
+
+def _check_text(model: PreTrainedModel, config: AllocateConfig) -> None:
+    """Make sure that the teacher's logits of a text fit in memory."""
+    for name in ("held_out_tokens", "search_tokens"):
+        tokens = getattr(config, name)
+        if config.method != "uniform" or name == "held_out_tokens":
+            check_fits(tokens * _logits_nbytes(model), model.device, f"{name} {tokens}")
+
+
+def _check_search(
+    model: PreTrainedModel, config: AllocateConfig, space: Space, texts: Sequence[Text]
+) -> None:
+    """Make sure that the gradients of all gates fit in memory, or tables that run together."""
+    for text in texts:
+        if config.method == "fisher":
+            grads = text.sequences * (config.samples + 1) * space.geometry.columns
+            check_fits(grads * torch.float32.itemsize, model.device, f"samples {config.samples}")
+        else:
+            tokens = max(piece.batch.ids_BT.numel() for piece in text.pieces)
+            nbytes = min(config.batched, len(space.units)) * tokens * _logits_nbytes(model)
+            check_fits(nbytes, model.device, f"batched {config.batched}")
+
+
+def _logits_nbytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's logits."""
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    return vocabulary * model.dtype.itemsize
 
 
 def _never_below_training(config: AllocateConfig, artifact: Artifact) -> AllocateConfig:

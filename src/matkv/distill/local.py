@@ -127,7 +127,7 @@ def _batches(
     generator = torch.Generator().manual_seed(config.seed)
     while step < config.local.steps:
         items = [data.example(first)]
-        room = RECORD_BYTES // (_bytes_per_token(model) * len(items[0]["input_ids"]))
+        room = RECORD_BYTES // (recorded_nbytes(model) * len(items[0]["input_ids"]))
         count = max(size, min(wanted, room))
         items += [data.example(first + index) for index in range(1, count)]
         recorders = _record(model, items)
@@ -222,8 +222,9 @@ def _stacked(rows: list[Tensor]) -> Tensor:
     return torch.cat([F.pad(row, (0, 0, 0, longest - row.shape[2])) for row in rows])
 
 
-def _bytes_per_token(model: PreTrainedModel) -> int:
+def recorded_nbytes(model: PreTrainedModel) -> int:
+    """Bytes of what is recorded of one token."""
     geometry = geometry_of(model.config)
-    shapes = [geometry.layers[layer] for layer in geometry.growing]
-    heads = sum((geometry.query_heads + 2 * one.kv_heads) * one.head_dim for one in shapes)
-    return heads * model.dtype.itemsize
+    growing = [geometry.layers[layer] for layer in geometry.growing]
+    queries = sum(geometry.query_heads * shape.head_dim for shape in growing)
+    return (queries + geometry.columns) * model.dtype.itemsize

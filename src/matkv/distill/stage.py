@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
@@ -28,10 +29,11 @@ from matkv.distill.checkpoints import last_checkpoint, remove_checkpoints
 from matkv.distill.config import DistillConfig
 from matkv.distill.end_to_end import DistillTrainer, Probe, train_end_to_end, training_arguments
 from matkv.distill.examples import Examples, TrainingSet, as_batch, as_example, longest_of
-from matkv.distill.local import fit_locally
+from matkv.distill.local import fit_locally, recorded_nbytes
 from matkv.distill.student import Student, check_head
 from matkv.errors import TrainingError
 from matkv.hf.geometry import geometry_of
+from matkv.hf.memory import check_fits
 from matkv.hf.observe import measure_energy
 from matkv.hf.weights import fingerprint
 from matkv.progress import Interrupt, OnProgress, Spent, own_randomness
@@ -69,7 +71,8 @@ def distill(
     artifact.check(geometry_of(model.config), fingerprint(model))
     if artifact.lora is not None:
         raise TrainingError("the artifact has adapters already: start from the one before it")
-    _check_recent(artifact.recent if config.recent is None else config.recent, examples)
+    recent = artifact.recent if config.recent is None else config.recent
+    _check_recent(recent, longest_of(examples))
     resume_from = last_checkpoint(checkpoints) if resume and checkpoints else None
     with TemporaryDirectory() as spare, _borrowed(model, config), Interrupt() as interrupt:
         folder = checkpoints or Path(spare)
@@ -78,7 +81,8 @@ def distill(
             remove_checkpoints(folder)
         model.to(arguments.device)  # type: ignore[arg-type]
         bases = Bases(artifact, config.parametrization).to(arguments.device)
-        run = _Run(model, artifact, config, bases, interrupt, on_progress)
+        run = _Run(model, artifact, config, bases, recent, interrupt, on_progress)
+        run.check_memory(longest_of(examples), arguments)
         if config.trains_locally and resume_from is None:
             run.local(examples)
         if config.trains_end_to_end and not interrupt.requested:
@@ -94,10 +98,29 @@ class _Run:
     artifact: Artifact
     config: DistillConfig
     bases: Bases
+    recent: int
     interrupt: Interrupt
     on_progress: OnProgress | None
     lora: Lora | None = None
     done: dict[str, Spent] = field(default_factory=dict)
+
+    def check_memory(self, tokens: int, arguments: TrainingArguments) -> None:
+        """Make sure that sequences of so many tokens fit in memory, as many as go together.
+
+        Raises:
+            TrainingError: what every layer keeps of them alone is more than there is.
+        """
+        config, device, local = self.config, self.model.device, self.config.local
+        if config.trains_locally:
+            nbytes = local.batch_size * tokens * recorded_nbytes(self.model)
+            check_fits(nbytes, device, f"local_batch_size {local.batch_size}", TrainingError)
+        if config.trains_end_to_end:
+            text = self.model.config.get_text_config(decoder=True)
+            micro = arguments.per_device_train_batch_size
+            draws = len(self._schedule().draw(0, torch.Generator()))
+            states = text.num_hidden_layers * text.hidden_size * self.model.dtype.itemsize
+            what = f"a micro batch of {micro} sequences at {draws} draws of ranks"
+            check_fits(micro * draws * tokens * states, device, what, TrainingError)
 
     def local(self, examples: Examples) -> None:
         config = self.config
@@ -175,10 +198,6 @@ class _Run:
                 dropout=config.lora.dropout,
             )
 
-    @property
-    def recent(self) -> int:
-        return self.artifact.recent if self.config.recent is None else self.config.recent
-
     def _axes(self) -> tuple[Axis, ...]:
         return rank_axes(self.artifact.geometry, self.config.rank_step)
 
@@ -204,9 +223,8 @@ class _Run:
         return Probe(as_batch(_first(held_out)), rungs)
 
 
-def _check_recent(recent: int, examples: Examples) -> None:
+def _check_recent(recent: int, longest: int) -> None:
     """Make sure that some token is truncated, so that there is something to learn."""
-    longest = longest_of(examples)
     if recent and 0 < longest <= recent + 1:
         raise TrainingError(
             f"recent {recent} keeps all of every sequence exact, the longest has {longest} tokens: "
