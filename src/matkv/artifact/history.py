@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self, TypeVar
 
 from matkv.errors import ArtifactError, TrainingError
-from matkv.progress import Spent
+from matkv.progress import CurvePoint, Spent
 from matkv.schedule import Schedule, schedule_from_json
 
 Json = dict[str, Any]
+Curve = tuple[CurvePoint, ...]  # of a training
 
 
 class Entry(ABC):

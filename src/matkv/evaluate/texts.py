@@ -25,9 +25,7 @@ from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.errors import DataError
 from matkv.files import digest
 from matkv.hf.attach import attached, attached_table, identified
-from matkv.hf.geometry import geometry_of
 from matkv.logits import token_losses
-from matkv.ranks import RankTable
 
 PERPLEXITY = Kind("perplexity", (*CACHE_KEYS, "text", "data", "window_tokens", "tokens"))
 
@@ -129,8 +127,7 @@ def _row(
         if on_progress is not None:
             on_progress(setting.budget, tokens)
 
-    full = RankTable.full(geometry_of(model.config))
-    table = full if setting.budget is None else attached_table(model)
+    table = artifact.table(1.0) if setting.budget is None else attached_table(model)
     started = time.perf_counter()
     value, stderr, tokens = perplexity(model, windows_NT, on_progress=report)
     sink, recent = setting.exact(artifact)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matkv.artifact.history import Allocated, Check, Distilled, entries
-from matkv.progress import CurvePoint
+from matkv.artifact.history import Allocated, Check, Curve, Distilled, entries
 from matkv.ranks import SIDES, RankTable
 from matkv.report.page import Block, Cell, Missing, Section, Table, Text
 from matkv.report.paper import PAPER_BUDGET, PAPER_SHARES
@@ -162,13 +161,13 @@ def training_section(runs: Sequence[Run]) -> Section:
     return Section("training", "Training", blocks)
 
 
-def training_curves(run: Run) -> list[tuple[CurvePoint, ...]]:
+def training_curves(run: Run) -> list[Curve]:
     """The points of every stage of a run's distillations that kept some."""
     trained = entries(run.artifact.history, Distilled)
     return [spent.curve for one in trained for spent in one.stages.values() if spent.curve]
 
 
-def _training(run: Run, runs: Sequence[Run], count: int, points: Sequence[CurvePoint]) -> Picture:
+def _training(run: Run, runs: Sequence[Run], count: int, points: Curve) -> Picture:
     looks = styles(runs)
     steps = [(float(point.tokens), point.loss) for point in points]
     probes: dict[float, list[Point]] = {}
