@@ -30,7 +30,8 @@ def render() -> str:
 def _sections(group: Any, name: str) -> list[str]:
     """The help of every command of a group; one that is a group itself goes on with its own."""
     parts = []
-    for word, command in group.commands.items():
+    for word in group.list_commands(None):
+        command = group.get_command(None, word)
         called = f"{name} {word}"
         parts += [f"## {called}\n", _block(command, called)]
         if hasattr(command, "commands"):

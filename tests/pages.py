@@ -61,7 +61,7 @@ def _command(words: list[str]) -> tuple[Any, list[str]]:
     for index, word in enumerate(words):
         if not hasattr(command, "commands"):
             return command, list(words[index:])
-        command = command.commands[word]
+        command = command.get_command(None, word)
     return command, []
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import matkv.commands.calibrate as calibrate_command
 from matkv import cli
@@ -192,7 +194,7 @@ def test_positions_as_a_table_and_as_json(run: Path, folder: Path, tools: Call) 
     [
         (["--long-context", "30"], "context of 30 tokens is too short"),
         (["--long-context", "4000"], "the model has 2048: give a shorter one"),
-        (["--long-context", "700", "--samples", "0"], "'--samples'"),
+        (["--long-context", "700", "--samples", "0"], "samples 0 must be above 0"),
     ],
 )
 def test_bad_contexts_are_refused(run: Path, tools: Call, asked: list[str], message: str) -> None:
@@ -200,3 +202,46 @@ def test_bad_contexts_are_refused(run: Path, tools: Call, asked: list[str], mess
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_programs_help_says_what_the_commands_help_says(name: str) -> None:
+    program: Any = typer.main.get_command(cli.app)
+    said = program.get_command(None, name).help.partition("\n\n")[0]
+    assert " ".join(said.split()).startswith(cli.COMMANDS[name].rstrip("."))
+
+
+def test_attention_alone_still_goes_by_its_old_name(tools: Call) -> None:
+    sizes = [
+        "--heads",
+        "2",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "8",
+        "--context",
+        "16",
+        "--steps",
+        "1",
+    ]
+    code, out, err = call(*tools, "benchmark", "--attention", *sizes, "--json")
+    assert code == 0, err
+    assert json.loads(out)["rounds"] == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import matkv",
+        "import sys; sys.argv = ['matkv', '--help']; from matkv.cli import main\n"
+        "try: main()\nexcept SystemExit: pass",
+        "import matkv.distill.config; from matkv.distill import DistillConfig",
+    ],
+)
+def test_what_is_light_stays_light(code: str) -> None:
+    heavy = {"transformers.trainer", "transformers.modeling_utils", "matplotlib", "accelerate"}
+    code += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "matkv.settings" in loaded and not heavy & loaded

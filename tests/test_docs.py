@@ -22,7 +22,7 @@ from matkv.artifact.setting import FULL, Setting
 from matkv.benchmark import decode
 from matkv.evaluate import needles, samples, tasks, texts
 from matkv.evaluate.positions import POSITIONS, positions
-from matkv.recipes import recipe_names
+from matkv.settings import recipe_names
 from pages import (
     GUIDE,
     PAGES,

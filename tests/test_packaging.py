@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matkv
-from matkv.doctor import PARTS
+from matkv.commands.machine import PARTS
 from pages import README, ROOT, links, messages
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

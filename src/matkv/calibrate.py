@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pydantic import Field
-from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Calibrated
 from matkv.bases import moments
 from matkv.bases.maps import SideBases
 from matkv.bases.moments import KeyBasis, LayerMoments, ValueBasis
-from matkv.data.batch import Tokens
 from matkv.errors import RankError
-from matkv.hf.geometry import geometry_of
-from matkv.hf.observe import OnProgress, collect_moments
-from matkv.hf.weights import fingerprint
 from matkv.settings import Number, settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from matkv.data.batch import Tokens
+    from matkv.hf.observe import OnProgress
 
 
 @settings(RankError)
@@ -54,6 +56,8 @@ def calibrate(
         DataError: there is no token.
         UnsupportedModelError: the model's attention cannot be reproduced on latents.
     """
+    from matkv.hf.observe import collect_moments  # stands upon transformers, as below
+
     config = config or CalibrateConfig()
     layers, tokens = collect_moments(
         model, batches, skip_first=config.skip_first, on_progress=on_progress
@@ -69,6 +73,9 @@ def artifact_from(
     tokens: int,
 ) -> Artifact:
     """An artifact of the bases that `config` names, from moments already collected."""
+    from matkv.hf.geometry import geometry_of
+    from matkv.hf.weights import fingerprint
+
     bases = {}
     for layer, one in layers.items():
         key, value = moments.key_maps(one, config.key), moments.value_maps(one, config.value)

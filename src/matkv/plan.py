@@ -63,7 +63,8 @@ class PlanCase:
     budget: Budget = Field(default=0.5, description="fraction of cache bytes to keep")
     memory: Bytes | None = Field(default=None, description="as 80GB or 24GiB")
     bandwidth: Annotated[Positive, BeforeValidator(as_bytes)] = Field(
-        default=DEFAULT_BANDWIDTH, description="bytes a second, as 3.35T"
+        default=DEFAULT_BANDWIDTH,
+        description=f"bytes a second, as 936G; {DEFAULT_DEVICE}'s 3.35T unless given",
     )
     dtype: torch.dtype | None = None
 

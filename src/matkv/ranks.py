@@ -250,7 +250,7 @@ def check_budget(budget: float) -> float:
 
 
 # The type of a budget in settings.
-Budget = Annotated[float, AfterValidator(check_budget)]
+Budget = Annotated[float, Field(allow_inf_nan=True), AfterValidator(check_budget)]
 
 
 def _uniform_rank(shape: LayerShape, budget: float, step: int | None) -> int:

@@ -29,6 +29,7 @@ from matkv.errors import MatkvError, TrainingError
 T = TypeVar("T")
 Values = dict[str, Any]
 
+RECIPES = Path(__file__).with_name("recipes")
 MAX = 2**31 - 1
 Number = Annotated[int, Field(ge=0, le=MAX)]
 Count = Annotated[int, Field(gt=0, le=MAX)]
@@ -78,6 +79,11 @@ def settings(error: type[MatkvError], prefix: str = "") -> Callable[[type[T]], t
     return wrap
 
 
+def is_settings(cls: Any) -> bool:
+    """Whether a class was made by `settings`."""
+    return isinstance(cls, type) and hasattr(cls, "__pydantic_fields__")
+
+
 def declared(cls: type[Any]) -> dict[str, FieldInfo]:
     """The fields of a settings class, with type, default, description and what is allowed."""
     found: dict[str, FieldInfo] = cls.__pydantic_fields__
@@ -86,11 +92,8 @@ def declared(cls: type[Any]) -> dict[str, FieldInfo]:
 
 def tables(cls: type[Any]) -> dict[str, type[Any]]:
     """The fields of a settings class that hold settings themselves."""
-    return {
-        name: field.annotation
-        for name, field in declared(cls).items()
-        if isinstance(field.annotation, type) and is_dataclass(field.annotation)
-    }
+    kinds: dict[str, Any] = {name: field.annotation for name, field in declared(cls).items()}
+    return {name: kind for name, kind in kinds.items() if is_settings(kind)}
 
 
 def merged(cls: type[T], *sources: Values) -> T:
@@ -134,14 +137,37 @@ def flat(config: Any) -> Values:
     return values
 
 
-def read_recipe(path: str | Path) -> Values:
-    """The table of a TOML file.
+def recipe_names(command: str = "distill") -> list[str]:
+    """The recipes of a command that come with the package; those of embed begin with its name."""
+    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    return [name for name in names if name.startswith("embed-") == (command == "embed")]
+
+
+def find_recipe(recipe: str | Path, command: str = "distill") -> Path:
+    """The file of a recipe: a path of one's own, or the name of one of the package's.
+
+    Raises:
+        TrainingError: it is neither; the message lists the names.
+    """
+    known = recipe_names(command)
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if str(recipe) in known:
+        return RECIPES / f"{recipe}.toml"
+    raise TrainingError(
+        f"no recipe {str(recipe)!r}: give a TOML file, or one of {', '.join(known)}"
+    )
+
+
+def read_recipe(recipe: str | Path, command: str = "distill") -> Values:
+    """The table of a recipe, a TOML file or the name of one of the package's.
 
     Raises:
         TrainingError: it cannot be read.
     """
+    path = find_recipe(recipe, command)
     try:
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             return tomllib.load(file)
     except UnicodeDecodeError:
         raise TrainingError(f"cannot read the recipe {path}: it is not UTF-8 text") from None

@@ -119,7 +119,7 @@ def test_a_way_is_set_at_a_budget_and_says_what_is_special_of_it() -> None:
     assert str(Setting(budget=0.5, recent=0)) == ""
     with pytest.raises(BudgetError):
         way.at(1.5)
-    with pytest.raises(RankError, match="recent -1 must be a whole number of tokens"):
+    with pytest.raises(RankError, match="recent -1 must be 0 or more"):
         Setting(recent=-1)
 
 

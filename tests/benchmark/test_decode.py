@@ -89,7 +89,7 @@ def test_attention_alone_reports_a_speedup_and_its_limit(kv_heads: int) -> None:
 
 @pytest.mark.parametrize("wrong", [{"context": 0}, {"kv_heads": 3}, {"rounds": 0}, {"batch": -1}])
 def test_impossible_attention_is_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(RankError, match="must be positive"):
+    with pytest.raises(RankError, match=r"must be (above 0|a multiple)"):
         AttentionCase(**SMALL | wrong)
     with pytest.raises(BudgetError):
         AttentionCase(budget=0.0)
@@ -178,7 +178,7 @@ def test_a_missing_config_is_a_clear_error(tmp_path: Path) -> None:
     "wrong", [{"contexts": ()}, {"contexts": (0,)}, {"batches": (0,)}, {"steps": 0}]
 )
 def test_impossible_benchmarks_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(MatkvError, match="at least one of each"):
+    with pytest.raises(MatkvError, match=r"at least one of|must be above 0"):
         BenchmarkConfig(**wrong)
 
 

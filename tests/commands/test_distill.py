@@ -198,7 +198,7 @@ def test_a_checkpoint_of_other_bases_does_not_go_on(
         (["--steps", "0"], "steps 0 must be above 0"),
         (["--lr", "nan"], "lr nan must be a finite number"),
         (["--data", "{tmp}/none.jsonl"], "none.jsonl"),
-        (["--config", "{tmp}/none.toml"], "cannot read the recipe"),
+        (["--config", "{tmp}/none.toml"], "no recipe"),
         (["-o", "{tmp}"], "is not an artifact"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def articles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
-@pytest.mark.parametrize("filler", haystacks.FILLERS)
+@pytest.mark.parametrize("filler", get_args(haystacks.Filler))
 @pytest.mark.parametrize("test", TESTS)
 @pytest.mark.usefixtures("articles")
 def test_the_prompt_has_the_asked_length(

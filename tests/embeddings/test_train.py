@@ -21,8 +21,8 @@ from matkv.embeddings.run import check_out, read_made, save_model
 from matkv.embeddings.serve import trained_sizes
 from matkv.embeddings.train import Step, base_loss, fit, ladder_loss
 from matkv.errors import MatkvError, ModelError, SizeError, TrainingError
-from matkv.recipes import recipe_names
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich
+from matkv.settings import recipe_names
 from tiny_embedders import HIDDEN, LAYERS, TEXTS, build
 
 RUNGS = "1x8,2x16,4x32"

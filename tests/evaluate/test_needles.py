@@ -260,7 +260,7 @@ def test_a_kill_loses_only_the_row_under_way(
     [
         ({"contexts": (400, 30)}, "context of 30 tokens is too short"),
         ({"contexts": (400, 505)}, "and an answer of 12 needs 517 positions, the model has 512"),
-        ({"depths": (2.0,)}, r"depth 2\.0"),
+        ({"depths": (2.0,)}, r"depths 2\.0 must be at most"),
     ],
 )
 def test_bad_contexts_are_refused_before_any_work(
@@ -278,7 +278,7 @@ def test_bad_contexts_are_refused_before_any_work(
 def test_other_bad_settings_are_refused_before_any_work(
     subject: Tiny, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match="samples 0 must be at least 1"):
+    with pytest.raises(DataError, match="samples 0 must be above 0"):
         replace(CONFIG, samples=0)
     monkeypatch.setattr(needles_module, "ask", lambda *_: pytest.fail("measured"))
     with pytest.raises(BudgetError, match=r"budget 1\.5 must be in"):

@@ -205,7 +205,7 @@ def test_the_full_cache_is_the_plain_model_without_adapters(
 
 
 def test_bad_settings_are_refused_before_any_work(score: Scorer) -> None:
-    with pytest.raises(DataError, match="limit 0 must be at least 1"):
+    with pytest.raises(DataError, match="limit 0 must be above 0"):
         score(None, limit=0)
     with pytest.raises(BudgetError, match=r"budget 1\.5"):
         score(None, 1.5)

@@ -95,7 +95,7 @@ class AllocateConfig:
         default="fisher", description="fisher, greedy or uniform"
     )
     budgets: Many[Budget] | None = Field(
-        default=None, description="may be given several times; every eighth by default"
+        default=None, description="fractions of cache bytes to keep; every eighth by default"
     )
     constraints: Constraints = Field(default_factory=Constraints)
     max_kl: Positive | None = Field(

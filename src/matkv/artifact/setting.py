@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
+from pydantic import Field
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.errors import MatkvError, RankError
-from matkv.ranks import RankTable, check_budget
+from matkv.ranks import Budget, RankTable
+from matkv.settings import Number, settings
 
 # What a row was measured with: another row with equal values of these is the same measurement.
 # `uniform` says no more than `ranks`, which outlasts a search for other tables.
@@ -18,7 +20,7 @@ CACHE_KEYS = ("artifact", "ranks", "budget", "sink", "recent", "dtype")
 FULL: Record = dict.fromkeys(("ranks", "budget", "uniform", "sink", "recent"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(RankError)
 class Setting:
     """A cache at a budget, None for the full one.
 
@@ -30,17 +32,10 @@ class Setting:
         BudgetError, RankError: a value is outside its range.
     """
 
-    budget: float | None = None
-    uniform: bool = False
-    sink: int | None = None
-    recent: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.budget is not None:
-            check_budget(self.budget)
-        for name, tokens in (("sink", self.sink), ("recent", self.recent)):
-            if tokens is not None and (type(tokens) is not int or tokens < 0):
-                raise RankError(f"{name} {tokens} must be a whole number of tokens, 0 for none")
+    budget: Budget | None = Field(default=None, description="fraction of cache bytes to keep")
+    uniform: bool = Field(default=False, description="ignore stored rank tables")
+    sink: Number | None = Field(default=None, description="first tokens to keep exact")
+    recent: Number | None = Field(default=None, description="last tokens to keep exact")
 
     def __str__(self) -> str:
         """What is special of it beside the budget; nothing of the plain one."""

@@ -7,56 +7,52 @@ C row columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from matkv.attention.latent import attend
 from matkv.bases.maps import Maps
-from matkv.benchmark.timing import Spread, take_turns, thread_count
+from matkv.benchmark.timing import Spread, check_room, take_turns, thread_count
 from matkv.errors import BudgetError, RankError
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
-from matkv.ranks import LayerRanks, check_budget, default_step
+from matkv.ranks import Budget, LayerRanks, default_step
 from matkv.schedule import whole_grains
+from matkv.settings import Count, Few, Seed, settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(RankError)
 class AttentionCase:
     """One layer's attention at decode: one new query a sequence over `context` cached tokens.
 
-    The ranks are random and ragged, of mean `budget` × `head_dim`. `threads` are CPU threads, None
-    for as many as torch uses.
+    The ranks are random and ragged, of mean `budget` × `head_dim`.
 
     Raises:
         BudgetError: `budget` is outside (0, 1].
         RankError: a size is not positive, or the query heads are no multiple of the KV heads.
     """
 
-    heads: int = 32
-    kv_heads: int = 32
-    head_dim: int = 128
-    context: int = 16_384
-    batch: int = 1
-    budget: float = 0.375
+    heads: Few = Field(default=32, description="query heads")
+    kv_heads: Few = Field(default=32, description="KV heads")
+    head_dim: Few = Field(default=128, description="width of a head")
+    context: Count = Field(default=16_384, description="cached tokens")
+    batch: Few = Field(default=1, description="sequences")
+    budget: Budget = Field(default=0.375, description="mean rank over the width of a head")
     dtype: torch.dtype = torch.bfloat16
-    device: str = "cpu"
-    threads: int | None = None
-    rounds: int = 15
-    seed: int = 0
+    device: str = Field(default="cpu", description="cpu, cuda, cuda:1, ...")
+    threads: Few | None = Field(default=None, description="CPU threads; torch's unless given")
+    rounds: Few = Field(default=15, description="rounds of each measurement")
+    seed: Seed = Field(default=0, description="seed of states and ranks")
 
     def __post_init__(self) -> None:
-        check_budget(self.budget)
-        sizes = (self.heads, self.kv_heads, self.head_dim, self.context, self.batch, self.rounds)
-        if min(sizes) < 1 or self.heads % self.kv_heads:
+        if self.heads % self.kv_heads:
             raise RankError(
-                f"{self.heads} query heads, {self.kv_heads} KV heads of dimension {self.head_dim}, "
-                f"context {self.context}, batch {self.batch}, {self.rounds} rounds: all must be "
-                "positive, and the query heads a multiple of the KV heads"
+                f"{self.heads} query heads must be a multiple of {self.kv_heads} KV heads"
             )
 
 
@@ -69,6 +65,9 @@ def attention_benchmark(case: AttentionCase) -> dict[str, Any]:
     softmax, and outputs back to full width. `speedup` is the median of the round-by-round ratios,
     `speedup_low` and `speedup_high` their quartiles; `limit` is full over kept cache bytes.
     """
+    numbers = 2 * case.batch * case.kv_heads * case.context * case.head_dim
+    nbytes = 2 * numbers * case.dtype.itemsize
+    check_room(nbytes, case.device, f"context {case.context:,} times batch {case.batch:,}")
     generator = torch.Generator().manual_seed(case.seed)
     key_ranks, value_ranks = (
         ragged_ranks(case.kv_heads, case.head_dim, case.budget, generator) for _ in range(2)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import Field
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -26,55 +27,49 @@ from transformers import (
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.results import Kind
 from matkv.artifact.setting import CACHE_KEYS, Setting
-from matkv.benchmark.timing import Spread, take_turns, thread_count, transient_bytes
+from matkv.benchmark.timing import Spread, check_room, take_turns, thread_count, transient_bytes
 from matkv.cache.cache import LatentCache, storage_nbytes
 from matkv.cache.naming import cache_argument
 from matkv.errors import MatkvError
 from matkv.hf.attach import attach, detach
 from matkv.hf.geometry import geometry_of
+from matkv.ranks import Budget, RankTable
+from matkv.settings import Count, Few, Many, Number, Seed, settings
 
 BENCHMARK = Kind("benchmark", (*CACHE_KEYS, "name", "context", "batch", "threads"))
 DYNAMIC, STATIC, EMPTY = "DynamicCache", "StaticCache", "empty"
 WARM_UP = 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(MatkvError)
 class BenchmarkConfig:
     """What to measure: every combination of `contexts`, `batches`, and full caches and `budgets`.
 
-    `steps` decoding steps of each; time to first token `first_token_rounds` times, in contexts of
-    at most `first_token_context`, since on a CPU reading takes long. `uniform`, `sink` and `recent`
-    are those of `Setting`. `threads` are CPU threads, None for as many as torch uses.
+    Budgets are set `way`. Time to first token is measured in short contexts alone, since on a CPU
+    reading takes long.
 
     Raises:
-        BudgetError, RankError: a budget is outside (0, 1], a number of exact tokens below 0.
+        BudgetError: a budget is outside (0, 1].
         MatkvError: a number is not positive, or nothing is to be measured.
     """
 
-    contexts: tuple[int, ...] = (512, 2048, 8192)
-    batches: tuple[int, ...] = (1,)
-    budgets: tuple[float, ...] = (1.0, 0.5, 0.375, 0.25)
-    steps: int = 16
-    first_token_rounds: int = 3
-    first_token_context: int = 2048
-    uniform: bool = False
-    sink: int | None = None
-    recent: int | None = None
-    threads: int | None = None
-    seed: int = 0
+    contexts: Many[Count] = Field(default=(512, 2048, 8192), description="cached tokens")
+    batches: Many[Few] = Field(default=(1,), description="sequences")
+    budgets: Many[Budget] = Field(
+        default=(1.0, 0.5, 0.375, 0.25), description="fractions of cache bytes to keep"
+    )
+    way: Setting = Field(default_factory=Setting)
+    steps: Few = Field(default=16, description="rounds of each measurement")
+    first_token_rounds: Number = Field(default=3, description="rounds of times to first token")
+    first_token_context: Number = Field(
+        default=2048, description="longest context in which the first token is timed"
+    )
+    threads: Few | None = Field(default=None, description="CPU threads; torch's unless given")
+    seed: Seed = Field(default=0, description="seed of states")
 
     def __post_init__(self) -> None:
-        for budget in self.budgets:
-            self.at(budget)
-        if not self.contexts or min(*self.contexts, *self.batches, self.steps, 1) < 1:
-            raise MatkvError(
-                f"contexts {self.contexts}, batches {self.batches} and {self.steps} steps: give at "
-                "least one of each, all positive"
-            )
-
-    def at(self, budget: float | None) -> Setting:
-        """The setting of a cache; no budget is the full one's."""
-        return Setting(budget=budget, uniform=self.uniform, sink=self.sink, recent=self.recent)
+        if not self.contexts or not self.batches:
+            raise MatkvError("nothing is to be measured: give at least one of contexts and batches")
 
 
 @dataclass(frozen=True)
@@ -186,10 +181,10 @@ def _candidates(
         STATIC, None, 1.0, model, lambda room: StaticCache(config=text, max_cache_len=room)
     )
     for budget in config.budgets:
-        table = artifact.table(budget, uniform=config.uniform)
+        table = artifact.table(budget, uniform=config.way.uniform)
         # Adapters are added to the weights in place, so these have to be the copy's own.
         copied = twin(model, share_weights=artifact.lora is None)
-        attach(copied, artifact, ranks=table, sink=config.sink, recent=config.recent)
+        attach(copied, artifact, ranks=table, sink=config.way.sink, recent=config.way.recent)
         yield _Candidate(f"{budget:.1%}", budget, table.budget, copied, _latent_cache(copied))
 
 
@@ -205,6 +200,9 @@ def _situation(
 ) -> list[BenchmarkRow]:
     plain = candidates[0].model
     room = context + config.steps + WARM_UP + 2
+    nbytes = RankTable.full(geometry_of(plain.config)).nbytes(room, plain.dtype, batch=batch)
+    held = round(nbytes * sum(candidate.kept for candidate in candidates))
+    check_room(held, plain.device, f"context {context:,} times batch {batch:,}")
     caches = {c.name: c.new_cache(room) for c in candidates}
     generator = torch.Generator().manual_seed(config.seed)
     _fill(list(caches.values()), plain, batch, context, generator)

@@ -12,31 +12,28 @@ from matkv.artifact.storage import check_target
 from matkv.calibrate import CalibrateConfig, calibrate
 from matkv.commands import console
 from matkv.commands.bars import token_progress
-from matkv.commands.options import DeviceOpt, DtypeOpt, JsonOpt, TextOpt, TrustOpt, load
+from matkv.commands.from_fields import from_fields
+from matkv.commands.options import JsonOpt, Loading, TextOpt
 
 
+@from_fields(without=("model",))
 def calibrate_command(
     model_name: Annotated[
         str, typer.Argument(metavar="MODEL", help="hub id, directory, .gguf or smollm2-135m")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="artifact directory to write")],
+    config: CalibrateConfig,
+    loading: Loading,
     text: TextOpt = "default",
-    key: Annotated[str, typer.Option(help="key basis: query or pca")] = "query",
-    value: Annotated[str, typer.Option(help="value basis: output or pca")] = "output",
     tokens: Annotated[int, typer.Option(help="tokens to read", min=1)] = 65_536,
     length: Annotated[int, typer.Option(help="tokens of one sequence", min=1)] = 512,
     batch_size: Annotated[int, typer.Option(help="sequences at once", min=1)] = 8,
-    skip_first: Annotated[int, typer.Option(help="leave out each sequence's first tokens")] = 0,
-    dtype: DtypeOpt = "auto",
-    device: DeviceOpt = None,
-    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Make an artifact from one pass over text: bases for every layer and KV head."""
-    config = CalibrateConfig(key=key, value=value, skip_first=skip_first)  # type: ignore[arg-type]
     check_target(out)
     texts = data.read_texts(text, "train")
-    model, tokenizer = load(model_name, dtype, device, trust_remote_code)
+    model, tokenizer = loading.load(model_name)
     windows = data.text_windows(tokenizer, texts, length, tokens)
     with token_progress("calibrating", windows.numel()) as update:
         artifact = calibrate(

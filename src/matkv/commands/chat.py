@@ -7,27 +7,12 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from rich.markup import escape
-
 from matkv.artifact.setting import Setting
 from matkv.commands import console
 from matkv.commands.conversation import Conversation
+from matkv.commands.from_fields import from_fields
 from matkv.commands.memory import attach_setting, cache_use
-from matkv.commands.options import (
-    BudgetOpt,
-    DeviceOpt,
-    DtypeOpt,
-    ModelOpt,
-    NewTokensOpt,
-    RecentOpt,
-    RunArg,
-    SeedOpt,
-    SinkOpt,
-    TemperatureOpt,
-    TrustOpt,
-    UniformOpt,
-    open_run,
-)
+from matkv.commands.options import BudgetOpt, Loading, NewTokensOpt, RunArg, SeedOpt, TemperatureOpt
 from matkv.commands.tables import bytes_text
 from matkv.errors import MatkvError
 from matkv.ranks import RankTable
@@ -42,30 +27,27 @@ HELP = """\
 Ctrl-C stops an answer and keeps what it said. Lines pasted together are one message."""
 
 
+@from_fields(without=("budget",))
 def chat_command(
     run: RunArg,
+    way: Setting,
+    loading: Loading,
     budget: BudgetOpt = 0.5,
-    uniform: UniformOpt = False,
     max_new_tokens: NewTokensOpt = 512,
     temperature: TemperatureOpt = 0.0,
     seed: SeedOpt = 0,
-    sink: SinkOpt = None,
-    recent: RecentOpt = None,
-    model_name: ModelOpt = None,
-    dtype: DtypeOpt = "auto",
-    device: DeviceOpt = None,
-    trust_remote_code: TrustOpt = False,
 ) -> None:
     """Talk with the model; the compressed cache is kept from turn to turn. Ends with Ctrl-D."""
-    setting = Setting(budget=budget, uniform=uniform, sink=sink, recent=recent)
-    artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
+    setting = way.at(budget)
+    artifact, model, tokenizer = loading.open(run)
     table = attach_setting(model, artifact, setting)
     conversation = Conversation(
         model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
+    model_name = loading.model or artifact.base_model
     full = RankTable.full(table.geometry).bytes_per_token(model.dtype)
     _print_note(
-        f"{model_name or artifact.base_model} · {_exact_text(*setting.exact(artifact))} · cache at "
+        f"{model_name} · {_exact_text(*setting.exact(artifact))} · cache at "
         f"{table.budget:.1%}: {bytes_text(table.bytes_per_token(model.dtype))} a token, "
         f"{bytes_text(full)} in full\n/help says what can be typed, Ctrl-D ends"
     )
@@ -88,7 +70,7 @@ def _answer(conversation: Conversation, message: str) -> None:
     try:
         conversation.answer(message)
     except MatkvError as error:
-        console.err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        console.complain(str(error))
         _print_note("/reset forgets the conversation")
         return
     if conversation.read:
@@ -105,7 +87,7 @@ def _exact_text(sink: int, recent: int) -> str:
 
 
 def _print_note(text: str) -> None:
-    console.err.print(text, style="dim", markup=False, soft_wrap=True)
+    console.err.print(text, style="dim", soft_wrap=True)
 
 
 # ---- reading what is typed

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,7 +110,7 @@ def demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     config = config or DemoConfig()
     started = time.perf_counter()
     note = " (converted once, about 20 s)" if config.model == DEFAULT_MODEL else ""
-    with console.err.status(f"loading {config.model}{note}"):
+    with console.status(f"loading {config.model}{note}"):
         model, tokenizer = load_model(config.model)
     texts = data.read_texts(config.text, "train")
     held_out = data.read_texts(config.held_out, "validation")
@@ -146,7 +146,7 @@ def demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print what the demo measured."""
     for name, answer in result["answers"].items():
-        console.out.print(f"\n[bold]{name}[/bold]: {escape(answer)}")
+        console.out.print(Text(f"\n{name}", style="bold").append(f": {answer}", style="not bold"))
     console.out.print()
     console.out.print(_table(result))
     where = f"artifacts in {result['artifacts']}, plot in {result['plot']}"
@@ -246,7 +246,7 @@ def _resident(
     model: PreTrainedModel, artifact: Artifact, tokens_T: Tensor, budgets: tuple[float, ...]
 ) -> dict[float | None, int]:
     """Measured bytes of the cache's storages after reading `tokens_T`, by budget."""
-    with console.err.status(f"reading {tokens_T.numel():,} tokens"):
+    with console.status(f"reading {tokens_T.numel():,} tokens"):
         states = full_states(model, tokens_T)
     resident: dict[float | None, int] = {None: storage_nbytes(refill(model, states))}
     for budget in budgets:
@@ -269,7 +269,7 @@ def _answers(
     for name in ("full cache", f"{config.answer_budget:.0%} of the cache"):
         if name != "full cache":
             attach(model, artifact, config.answer_budget)
-        with console.err.status(f"answering with {name}"):
+        with console.status(f"answering with {name}"):
             output = model.generate(  # type: ignore[operator]
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),

@@ -14,23 +14,20 @@ from matkv import data
 from matkv.artifact.storage import check_target
 from matkv.commands import console
 from matkv.commands.bars import training_progress
-from matkv.commands.options import (
-    DeviceOpt,
-    DtypeOpt,
-    JsonOpt,
-    ModelOpt,
-    OutOpt,
-    RunArg,
-    TextOpt,
-    TrustOpt,
-    open_run,
-)
+from matkv.commands.from_fields import Given, from_fields
+from matkv.commands.options import JsonOpt, Loading, OutOpt, RunArg, TextOpt
 from matkv.data.chats import chat_examples, read_chats
-from matkv.distill.config import DistillConfig
+from matkv.distill import DistillConfig, distill
+from matkv.distill.checkpoints import finish, start_of
+
+STEPS = 100  # where neither a recipe nor an option says how long
 
 
+@from_fields(rungs="rung", probe_budgets="probe_budget", trackers="tracker")
 def distill_command(
     run: RunArg,
+    given: Given[DistillConfig],
+    loading: Loading,
     out: OutOpt = None,
     text: TextOpt = "default",
     chats: Annotated[
@@ -39,35 +36,19 @@ def distill_command(
     recipe: Annotated[
         Path | None, typer.Option("--config", help="settings: a TOML file or a recipe's name")
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="local, end-to-end or both")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="independent, ladder, cycle or sandwich")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="end-to-end steps")] = None,
-    tokens: Annotated[int | None, typer.Option(help="end-to-end tokens")] = None,
-    minutes: Annotated[float | None, typer.Option(help="end-to-end minutes")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate of the bases")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="rank of LoRA adapters; 0 none")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from a checkpoint")] = False,
-    model_name: ModelOpt = None,
-    dtype: DtypeOpt = "auto",
-    device: DeviceOpt = None,
-    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Train the bases of an artifact, so that quality falls slowly as the budget shrinks."""
-    # Needs the extra `train`, and takes seconds to import.
-    from matkv.distill import distill
-    from matkv.distill.checkpoints import finish, start_of
+    """Train the bases of an artifact, for quality that falls slowly with the budget.
 
+    100 steps, unless --config, --steps, --tokens or --minutes say otherwise.
+    """
     target = out or run
     check_target(target)
-    given = {
-        "objective": objective, "schedule": schedule, "steps": steps, "tokens": tokens,
-        "minutes": minutes, "lr": lr, "lora_rank": lora_rank,
-    }  # fmt: skip
-    config = _settings(recipe, given)
-    artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
+    if recipe is None and not {"steps", "tokens", "minutes"} & set(given.values):
+        given.values["steps"] = STEPS
+    config = given.over(recipe)
+    artifact, model, tokenizer = loading.open(run)
     examples, held_out = _examples(tokenizer, text, chats, config.sequence_length)
     checkpoints = target.with_name(f".{target.name}.checkpoints")
     in_place = target.resolve() == run.resolve()
@@ -107,13 +88,3 @@ def _examples(
         return examples, None
     held_out = data.read_texts(text, "validation")
     return examples, data.text_windows(tokenizer, held_out, length, 4 * length)
-
-
-def _settings(recipe: Path | None, given: dict[str, Any]) -> DistillConfig:
-    """The recipe's settings, replaced by the command line's; 100 steps if nothing says how long."""
-    if recipe is not None:
-        return DistillConfig.from_toml(recipe, **given)
-    settings = {name: value for name, value in given.items() if value is not None}
-    if not {"steps", "tokens", "minutes"} & set(settings):
-        settings["steps"] = 100
-    return DistillConfig.from_dict(settings)

@@ -6,30 +6,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from matkv.commands import console
-from matkv.commands.options import DeviceOpt, JsonOpt, ModelOpt, TrustOpt, open_run
+from matkv.commands.from_fields import from_fields
+from matkv.commands.machine import examine, fit
+from matkv.commands.options import JsonOpt, Loading
 from matkv.commands.tables import facts
-from matkv.doctor import examine, fit
 from matkv.errors import ArtifactError
 
 
+@from_fields(without=("dtype",))
 def doctor_command(
+    loading: Loading,
     run: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="artifact to check against its model")
     ] = None,
-    model_name: ModelOpt = None,
-    device: DeviceOpt = None,
-    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Say what this machine has: versions, device, dtype and why, threads and speed."""
-    found = examine(device)
+    found = examine(loading.device)
     if not as_json:
         console.out.print(facts("this machine", _lines(found)))
     if run is not None:
-        artifact, model, _ = open_run(run, model_name, "auto", device, trust_remote_code)
+        artifact, model, _ = loading.open(run)
         found["artifact"] = {"run": str(run), "base_model": artifact.base_model} | fit(
             artifact, model
         )
@@ -43,7 +42,7 @@ def _tell_fit(checked: dict[str, Any], *, quiet: bool) -> None:
     if not checked["fits"]:
         raise ArtifactError(checked["why"])
     if not quiet:
-        console.out.print(escape(f"{checked['run']} fits {checked['base_model']}"))
+        console.out.print(f"{checked['run']} fits {checked['base_model']}")
 
 
 def _lines(found: dict[str, Any]) -> dict[str, str]:

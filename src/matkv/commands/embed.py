@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from matkv.artifact.records import made, weights_digest
 from matkv.artifact.results import Kind, Results
@@ -25,7 +27,8 @@ if TYPE_CHECKING:  # the extra is imported when a command runs, so that --help n
     from sentence_transformers.base.evaluation import BaseEvaluator
 
     from matkv.embeddings import RungTable, Size
-    from matkv.embeddings.train import Step, Trained
+    from matkv.embeddings.config import EmbedConfig
+    from matkv.embeddings.train import Step
 
 INTERRUPTED = 130
 SIZES = Kind("sizes", ("model", "data", "data_digest", "metric", "layer", "dim"))
@@ -33,6 +36,7 @@ SIZES = Kind("sizes", ("model", "data", "data_digest", "metric", "layer", "dim")
 embed_app = typer.Typer(
     help="Embedding models whose first layers and dimensions are good smaller models.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 
@@ -80,24 +84,44 @@ def train_command(
 ) -> None:
     """Train a model for a ladder of sizes, all of them at once."""
     from matkv.embeddings.config import EmbedConfig
-    from matkv.embeddings.data import read_examples
-    from matkv.embeddings.measure import data_digest
-    from matkv.embeddings.run import check_out, check_same, save_model, start_checkpoints
-    from matkv.embeddings.serve import trained_sizes
-    from matkv.embeddings.train import fit, ladder_loss
 
     given = {
         "rungs": rungs, "loss": loss, "schedule": schedule, "distill": distill, "steps": steps,
         "batch_size": batch_size, "max_tokens": max_tokens, "lr": lr, "seed": seed,
     }  # fmt: skip
     config = EmbedConfig.from_toml(recipe, **given)
+    load = partial(_load, model_name, device, trust_remote_code)
+    entry = _train(load, model_name, data, out, config, resume=resume)
+    if as_json:
+        console.print_json({"model": str(out), **entry})
+        return
+    last = f", loss {entry['curve'][-1]['loss']:.3f}" if entry["curve"] else ""
+    console.out.print(f"wrote {out}: {entry['steps']} steps in {entry['seconds']:.0f} s{last}")
+
+
+def _train(
+    load: Callable[[], SentenceTransformer],
+    model_name: str,
+    data: Path,
+    out: Path,
+    config: EmbedConfig,
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """Train and save a model; returns what its folder says of it."""
+    from matkv.embeddings.data import read_examples
+    from matkv.embeddings.measure import data_digest
+    from matkv.embeddings.run import check_out, check_same, save_model, start_checkpoints
+    from matkv.embeddings.serve import trained_sizes
+    from matkv.embeddings.train import fit, ladder_loss
+
     check_out(out)
     columns = read_examples(data, config.loss)
     about = config.to_json() | {"model": model_name, "data": data_digest(columns)}
     checkpoints = out.with_name(f".{out.name}.checkpoints")
     if resume:
         check_same(checkpoints, about)
-    model = _load(model_name, device, trust_remote_code)
+    model = load()
     objective = ladder_loss(model, config)
     with _training() as update:
         start = None if resume else lambda: start_checkpoints(checkpoints, about)
@@ -118,10 +142,7 @@ def train_command(
     }
     save_model(model, out, entry)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    if as_json:
-        console.print_json({"model": str(out), **entry})
-    else:
-        console.out.print(f"wrote {out}: {done.steps} steps in {done.seconds:.0f} s{_last(done)}")
+    return entry
 
 
 @embed_app.command("evaluate")
@@ -161,7 +182,7 @@ def evaluate_command(
     rows: list[dict[str, Any]] = []
     tables: dict[str, RungTable] = {}
     for about, evaluator in measures:
-        with console.err.status(f"measuring with {about['data']}"):
+        with console.status(f"measuring with {about['data']}"):
             table = rung_table(model, evaluator, sizes, grid=grid)
         tables[about["data"]] = table
         rows += [{"model": weights, **about, **row} for row in table.to_json()]
@@ -220,7 +241,7 @@ def _load(name: str, device: str | None, trust_remote_code: bool) -> SentenceTra
     """The model of a command, with a note while it loads."""
     from matkv.embeddings.load import load_embedder
 
-    with console.err.status(f"loading {name}"):
+    with console.status(f"loading {name}"):
         return load_embedder(name, device=device, trust_remote_code=trust_remote_code)
 
 
@@ -235,10 +256,6 @@ def _training() -> Iterator[Any]:
             status.update(f"step {at.step}/{at.steps}{loss} · {left} left")
 
         yield update
-
-
-def _last(done: Trained) -> str:
-    return f", loss {done.curve[-1]['loss']:.3f}" if done.curve else ""
 
 
 def _measures(
@@ -297,7 +314,7 @@ def _shown(data: str, table: RungTable) -> Table:
         cells = []
         for dim in table.dims:
             text = f"{values[layer, dim]:.3f}" if (layer, dim) in values else ""
-            cells.append(f"[bold]{text}[/bold]" if (layer, dim) in table.trained else text)
+            cells.append(Text(text, style="bold" if (layer, dim) in table.trained else ""))
         shown.add_row(str(layer), *cells)
     shown.caption = f"mean {table.mean:.3f}"
     return shown

@@ -11,46 +11,36 @@ from transformers import TextStreamer
 from matkv.artifact.setting import Setting
 from matkv.cache.cache import LatentCache
 from matkv.commands import console
+from matkv.commands.from_fields import from_fields
 from matkv.commands.memory import attach_setting, cache_use
 from matkv.commands.options import (
     BudgetOpt,
-    DeviceOpt,
-    DtypeOpt,
     JsonOpt,
-    ModelOpt,
+    Loading,
     NewTokensOpt,
-    RecentOpt,
     RunArg,
     SeedOpt,
-    SinkOpt,
     TemperatureOpt,
-    TrustOpt,
-    UniformOpt,
-    open_run,
 )
 from matkv.evaluate.samples import chat_ids, generate
 
 
+@from_fields(without=("budget",))
 def generate_command(
     run: RunArg,
     prompt: Annotated[str, typer.Argument(help="what to say to the model")],
+    way: Setting,
+    loading: Loading,
     budget: BudgetOpt = 0.5,
-    uniform: UniformOpt = False,
     max_new_tokens: NewTokensOpt = 128,
     temperature: TemperatureOpt = 0.0,
     seed: SeedOpt = 0,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template")] = False,
-    sink: SinkOpt = None,
-    recent: RecentOpt = None,
-    model_name: ModelOpt = None,
-    dtype: DtypeOpt = "auto",
-    device: DeviceOpt = None,
-    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Answer a prompt with a compressed cache."""
-    setting = Setting(budget=budget, uniform=uniform, sink=sink, recent=recent)
-    artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
+    setting = way.at(budget)
+    artifact, model, tokenizer = loading.open(run)
     table = attach_setting(model, artifact, setting)
     turns = [{"role": "user", "content": prompt}]
     ids = tokenizer(prompt).input_ids if raw else chat_ids(tokenizer, turns)

@@ -10,15 +10,18 @@ import typer
 from matkv.artifact.results import Results
 from matkv.artifact.setting import Setting
 from matkv.commands import console
-from matkv.commands.options import DeviceOpt, DtypeOpt, JsonOpt, ModelOpt, TrustOpt, open_run
+from matkv.commands.from_fields import from_fields
+from matkv.commands.options import JsonOpt, Loading
 from matkv.evaluate.samples import BUDGETS, PROMPTS, SAMPLES, sample_texts
 from matkv.report.build import report
 
 
+@from_fields()
 def report_command(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="artifacts of one model, to compare")
     ],
+    loading: Loading,
     out: Annotated[Path, typer.Option("-o", "--out", help="directory of the report")] = Path(
         "report"
     ),
@@ -35,10 +38,6 @@ def report_command(
     max_new_tokens: Annotated[
         int, typer.Option(help="with --samples, tokens to generate at most", min=1)
     ] = 96,
-    model_name: ModelOpt = None,
-    dtype: DtypeOpt = "auto",
-    device: DeviceOpt = None,
-    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Make one page, and pictures, of all that was measured of artifacts; it measures nothing.
@@ -50,8 +49,8 @@ def report_command(
     if (prompt or budget) and not samples:
         raise typer.BadParameter("--prompt and --budget are for --samples")
     for run in runs if samples else ():
-        artifact, model, tokenizer = open_run(run, model_name, dtype, device, trust_remote_code)
-        with console.err.status(f"generating with {run}"):
+        artifact, model, tokenizer = loading.open(run)
+        with console.status(f"generating with {run}"):
             sample_texts(
                 model,
                 tokenizer,

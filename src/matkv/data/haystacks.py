@@ -18,13 +18,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from matkv.data.texts import read_texts
 from matkv.errors import DataError
+from matkv.settings import Seed, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 Test = Literal["needle", "multikey"]
 Filler = Literal["noise", "articles"]
 TESTS: tuple[Test, ...] = get_args(Test)
-FILLERS: tuple[Filler, ...] = get_args(Filler)
 MAX_DIGITS = 18
 # Kept with results: raise it when samples of the same name change.
 RECIPE = 1
@@ -56,7 +57,7 @@ QUESTION = "\nWhat is the special magic number for {word} mentioned in the text 
 PREFIX = "The special magic number for {word} mentioned in the text above is:"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(DataError)
 class HaystackConfig:
     """What a haystack is made of.
 
@@ -68,19 +69,11 @@ class HaystackConfig:
         DataError: a setting is outside its range.
     """
 
-    digits: int = 7
-    keys: int = 4
+    digits: Annotated[int, Field(ge=1, le=MAX_DIGITS)] = 7
+    keys: Annotated[int, Field(ge=2, le=len(WORDS))] = 4
     filler: Filler = "noise"
     chat: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.digits <= MAX_DIGITS:
-            raise DataError(f"digits {self.digits} must be in 1..{MAX_DIGITS}")
-        if not 2 <= self.keys <= len(WORDS):
-            raise DataError(f"keys {self.keys} must be in 2..{len(WORDS)}")
-        if self.filler not in FILLERS:
-            raise DataError(f"filler {self.filler!r} must be one of {', '.join(FILLERS)}")
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from matkv.bases.learned import Parametrization
 from matkv.distill.losses import LossWeights
 from matkv.errors import TrainingError
 from matkv.ranks import Budget
-from matkv.recipes import find_recipe
 from matkv.schedule import (
     Axis,
     Cycle,
@@ -226,4 +225,4 @@ class DistillConfig(LossWeights):
             TrainingError: the file cannot be read, or names a setting that does not exist.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
-        return merged(cls, read_recipe(find_recipe(path)), given)
+        return merged(cls, read_recipe(path), given)

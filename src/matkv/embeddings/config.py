@@ -10,7 +10,6 @@ from matkv.embeddings.data import LossName
 from matkv.embeddings.loss import Over
 from matkv.embeddings.rungs import Size, check, default_rungs, parse, size_axes
 from matkv.errors import TrainingError
-from matkv.recipes import find_recipe
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich, Schedule
 from matkv.settings import read_recipe
 
@@ -124,7 +123,7 @@ class EmbedConfig:
         Raises:
             TrainingError: the file cannot be read, or names a setting that does not exist.
         """
-        data = {} if path is None else dict(read_recipe(find_recipe(path, "embed")))
+        data = {} if path is None else dict(read_recipe(path, "embed"))
         data |= {option: value for option, value in overrides.items() if value is not None}
         return cls.from_dict(data)
 

@@ -12,11 +12,12 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv.artifact.artifact import Artifact
@@ -29,6 +30,7 @@ from matkv.data.haystacks import RECIPE, TESTS, HaystackConfig, Haystacks, Sampl
 from matkv.errors import DataError
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
+from matkv.settings import Few, Length, Many, settings
 
 NEEDLE = Kind(
     "needle",
@@ -41,23 +43,15 @@ SLACK = 4  # tokens of generation beyond the answer's, for models that start on 
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(DataError)
 class NeedleConfig:
-    """Which haystacks to search: `samples` of every test, context (tokens) and depth.
+    """Which haystacks to search: `samples` of every test, context (tokens) and depth."""
 
-    Raises:
-        DataError: a setting is outside its range.
-    """
-
-    contexts: tuple[int, ...]
-    tests: tuple[Test, ...] = TESTS
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    samples: int = 10
-    haystack: HaystackConfig = field(default_factory=HaystackConfig)
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise DataError(f"samples {self.samples} must be at least 1")
+    contexts: Many[Length] = Field(default=(), description="tokens of haystacks to find facts in")
+    tests: Many[Test] = TESTS
+    depths: Many[Annotated[float, Field(ge=0, le=1)]] = (0.1, 0.5, 0.9)
+    samples: Few = Field(default=10, description="haystacks of each test, context and depth")
+    haystack: HaystackConfig = Field(default_factory=HaystackConfig)
 
     def cells(self) -> list[tuple[Test, int, float]]:
         return [(t, c, d) for c in self.contexts for t in self.tests for d in self.depths]

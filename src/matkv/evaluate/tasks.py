@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv.artifact.artifact import Artifact
@@ -20,6 +21,7 @@ from matkv.data.task_items import LoadedTask, require_lm_eval
 from matkv.errors import DataError
 from matkv.evaluate.scores import accuracy, bits
 from matkv.hf.attach import attached, identified
+from matkv.settings import Count, Few, Seed, settings
 
 if TYPE_CHECKING:
     from matkv.evaluate.lm_eval_model import LoadedLM
@@ -27,24 +29,15 @@ if TYPE_CHECKING:
 TASKS = Kind("tasks", (*CACHE_KEYS, "task", "data", "limit", "seed"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(DataError)
 class TaskConfig:
-    """How tasks are scored.
+    """How tasks are scored, the same items at every setting."""
 
-    `limit` items are drawn with `seed`, the same at every setting; None for all.
-
-    Raises:
-        DataError: a number is not positive.
-    """
-
-    limit: int | None = None
-    seed: int = 0
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name, value in (("limit", self.limit), ("batch size", self.batch_size)):
-            if value is not None and value < 1:
-                raise DataError(f"{name} {value} must be at least 1")
+    limit: Count | None = Field(
+        default=None, description="items of each task, drawn at random; all unless given"
+    )
+    seed: Seed = Field(default=0, description="seed of the draw")
+    batch_size: Few = Field(default=16, description="sequences scored at once, of tasks")
 
 
 @dataclass(frozen=True)

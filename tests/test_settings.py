@@ -9,7 +9,7 @@ import pytest
 
 from matkv.distill.config import DistillConfig
 from matkv.errors import TrainingError
-from matkv.recipes import find_recipe, recipe_names
+from matkv.settings import find_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import matkv
-from matkv import doctor
+from matkv.commands import machine as doctor
 from matkv.errors import ModelError
 from tiny import Tiny, tiny
 
