@@ -349,3 +349,62 @@ def test_new_cache_follows_the_model(llama: Tiny) -> None:
     assert type(new_cache(llama.model)) is DynamicCache
     llama.attach()
     assert type(new_cache(llama.model)) is matkv.LatentCache
+
+
+# ---- what is refused, and what it leaves
+
+
+@pytest.mark.parametrize("recent", [0, 5])
+@pytest.mark.parametrize(
+    "kind", [matkv.LatentCache, lambda model: DynamicCache(config=model.config)]
+)
+def test_a_refused_crop_changes_no_layer(gemma3: Tiny, kind: Any, recent: int) -> None:
+    gemma3.attach(ranks=gemma3.ragged(1), recent=recent)
+    ids, cache = tokens(1, 20), kind(gemma3.model)
+    for length in (6, 20):  # sliding layers are beyond their window only in the end
+        feed(gemma3, cache, ids[:, cache.get_seq_length() : length])
+        if recent == 0 and length == 6:
+            continue
+        with pytest.raises(CacheError, match="activate_past_recording"):
+            cache.crop(-3)
+        assert {layer.get_seq_length() for layer in cache.layers} == {length}
+        twin = filled(gemma3, ids[:, :length])
+        assert same_next_logits(gemma3, copy.deepcopy(cache), twin, 1)
+
+
+def test_a_crop_by_more_than_there_is_starts_over(gemma3: Tiny) -> None:
+    gemma3.attach(ranks=gemma3.ragged(1), sink=2, recent=3)
+    cache: Any = matkv.LatentCache(gemma3.model)
+    cache.activate_past_recording()
+    feed(gemma3, cache, tokens(1, 20))
+    cache.crop(-30)
+    assert {layer.get_seq_length() for layer in cache.layers} == {0}
+    assert same_next_logits(gemma3, cache, matkv.LatentCache(gemma3.model), 1)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_latents_are_no_keys_and_values(gemma3: Tiny, lazy: bool) -> None:
+    gemma3.attach(budget=0.5)
+    cache: Any = DynamicCache() if lazy else matkv.LatentCache(gemma3.model)
+    feed(gemma3, cache, tokens(1, 10))
+    for read in (
+        lambda: cache.layers[1].keys.shape,
+        lambda: cache.layers[1].values,
+        lambda: DynamicCache(list(cache)),
+    ):
+        with pytest.raises(CacheError, match="no keys and values at full width"):
+            read()
+    cache.reset()
+    assert cache.layers[1].keys is cache.layers[1].values is None
+    assert not any(layer.is_initialized for layer in cache.layers)
+    assert DynamicCache(list(cache)).get_seq_length() == 0
+
+
+def test_a_slip_is_no_matter_of_caches(llama: Tiny) -> None:
+    llama.attach(budget=0.5)
+    layer = latent_layers(matkv.LatentCache(llama.model))[0]
+    latents = layer.update(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16))[0]
+    with pytest.raises(CacheError, match="not attached"):
+        latents.transpose(1, 2)
+    with pytest.raises(AttributeError, match="no attribute 'toknes'"):
+        latents.toknes  # noqa: B018

@@ -94,3 +94,41 @@ def test_exact_tokens_and_offloading_are_refused(llama: Tiny) -> None:
     matkv.detach(llama.model)
     with pytest.raises(CacheError, match="has no bases"):
         StaticLatentCache(llama.model, ROOM)
+
+
+def test_crop_forgets_the_last_tokens(llama: Tiny) -> None:
+    llama.attach(ranks=llama.ragged(1))
+    ids = tokens(2, 20)
+    cache: Any = StaticLatentCache(llama.model, ROOM)
+    assert cache.batch_size == -1
+    stepwise(llama.model, ids, (9, 3), cache)
+    cache.crop(-8)
+    assert (int(cache.get_seq_length()), cache.batch_size) == (12, 2)
+    out = stepwise(llama.model, ids[:, 12:], (4,), cache)
+    assert largest_difference(out, stepwise(llama.model, ids, (9, 3))[:, 12:]) < 2e-5
+    cache.crop(-ROOM)
+    assert int(cache.get_seq_length()) == 0
+    with pytest.raises(CacheError, match=r"crop\(3\)"):
+        cache.crop(3)
+    with pytest.raises(CacheError, match="no keys and values"):
+        cache.layers[0].keys.shape  # noqa: B018
+
+
+def test_crop_with_a_sliding_window_is_refused(gemma3: Tiny) -> None:
+    gemma3.attach(budget=0.5)
+    cache: Any = StaticLatentCache(gemma3.model, ROOM)
+    stepwise(gemma3.model, tokens(1, 12), (9,), cache)
+    with pytest.raises(CacheError, match="sliding window cannot be cropped"):
+        cache.crop(-1)
+    assert {int(layer.get_seq_length()) for layer in cache.layers} >= {12}
+
+
+def test_a_wider_dtype_than_the_buffers_is_refused(llama: Tiny) -> None:
+    llama.attach(budget=0.5)
+    layer: Any = StaticLatentCache(llama.model, ROOM).layers[0]
+    layer.projection.to(torch.bfloat16)
+    states = torch.randn(1, 2, 3, 16).bfloat16()
+    layer.update(states, states)
+    layer.projection.to(torch.float32)
+    with pytest.raises(CacheError, match=r"cannot take torch\.float32"):
+        layer.update(states.float(), states.float())

@@ -99,6 +99,28 @@ def test_a_padded_cache_that_was_reset_takes_an_unpadded_batch(llama: Tiny) -> N
 
 
 @EXACT
+@torch.no_grad()
+def test_a_crop_into_the_padding_and_tokens_in_its_place(
+    llama: Tiny, sink: int, recent: int
+) -> None:
+    model = llama.attach(ranks=llama.ragged(1), sink=sink, recent=recent)
+    ids_BT, mask_BT = left_padded(PROMPTS)
+    cache: Any = matkv.LatentCache(model)
+    cache.activate_past_recording()
+    stepwise(model, ids_BT, (9, 6), cache, mask_BT)
+    cache.crop(-11)
+    more_BT = tokens(4, 12, seed=8)
+    mask_BT = torch.cat((mask_BT[:, :4], torch.ones_like(more_BT)), dim=1)
+    inputs = {"attention_mask": mask_BT, "position_ids": positions(mask_BT)[:, 4:]}
+    out = model(more_BT, past_key_values=cache, **inputs).logits
+    for row in range(4):
+        kept_BT = ids_BT[row : row + 1, :4][:, mask_BT[row, :4].bool()]
+        whole_BT = torch.cat((kept_BT, more_BT[row : row + 1]), dim=1)
+        alone = model(whole_BT, use_cache=False).logits[:, -12:]
+        assert largest_difference(out[row : row + 1], alone) < TOLERANCE
+
+
+@EXACT
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
 def test_gradients_of_two_padded_batches_under_checkpointing(sink: int, recent: int) -> None:
     model, subject = build("llama"), tiny("llama")

@@ -5,20 +5,28 @@ Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row co
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
-from matkv.cache.layer import LatentLayer
+from matkv.cache.layer import HoldsLatents, LatentLayer, tokens_removed
 from matkv.cache.naming import cache_argument
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
 
+logger = logging.getLogger(__name__)
 
-class LatentCache(Cache):
+
+class LatentCache(DynamicCache):
     """A cache of latents for an attached model, to generate with.
 
     Layers with a sliding window keep transformers' own layer at full width. `max_cache_len`
@@ -35,8 +43,8 @@ class LatentCache(Cache):
         max_cache_len: int | None = None,
         offloading: bool = False,
     ) -> None:
-        plain = DynamicCache(config=model.config.get_text_config(decoder=True))
-        super().__init__(layers=plain.layers, offloading=offloading)
+        config = model.config.get_text_config(decoder=True)
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=True)
         use_latents(self, model, max_cache_len=max_cache_len)
 
     def reset(self) -> None:
@@ -47,6 +55,20 @@ class LatentCache(Cache):
                 # Before transformers 5.23 a full layer zeroes its tokens and goes on after them.
                 layer.is_initialized, layer.keys, layer.values = False, None, None
             layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens of every layer, or of none.
+
+        Raises:
+            CacheError: `tokens_to_remove` is positive, or a layer has dropped what it would need.
+        """
+        removed = min(tokens_removed(tokens_to_remove), self.get_seq_length())
+        for layer in self.layers:
+            if isinstance(layer, LatentLayer):
+                layer.check_crop(removed)
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                _check_sliding(layer, removed)
+        super().crop(-removed)
 
     @property
     def nbytes(self) -> int:
@@ -92,41 +114,86 @@ def storage_nbytes(cache: Cache) -> int:
 
 
 def use_latents(cache: Cache, model: PreTrainedModel, *, max_cache_len: int | None = None) -> None:
-    """Replace the empty growing layers of `cache` by latent ones, in place.
+    """Give `cache` latent layers of the model's attachment where it grows, in place.
 
-    `model` is the whole model or its decoder.
+    Layers without tokens are replaced; latent ones with tokens of the same bases stay as they are.
+    Nothing changes on errors. `model` is the whole model or its decoder.
 
     Raises:
-        CacheError: the model is not attached, or the cache already holds full-width tokens.
+        CacheError: the model is not attached, or the cache holds full-width tokens, or latents of
+            another model or of other bases.
     """
+    if _is_seated(cache, model):
+        return
     projections = attached_projections(model)
     if not projections:
         raise CacheError("the model has no bases: call matkv.attach(model, artifact, budget) first")
     layers = getattr(cache, "layers", [])
-    lazy = getattr(cache, "layer_class_to_replicate", None)  # a DynamicCache() starts empty
-    if lazy is not None:
-        layers += [lazy() for _ in range(len(layers), max(projections) + 1)]
-    # Assisted decoding with an early exit makes a cache for the first layers alone.
-    within = {index: one for index, one in projections.items() if index < len(layers)}
-    for index in within or projections:
+    lazy = getattr(cache, "layer_class_to_replicate", None)
+    if lazy is not None:  # a DynamicCache() starts empty
+        layers = layers + [lazy() for _ in range(len(layers), max(projections) + 1)]
+    latent = {index for index, layer in enumerate(layers) if isinstance(layer, HoldsLatents)}
+    seats: dict[int, Any] = {}
+    for index in sorted(latent | set(projections)):
         layer = layers[index] if index < len(layers) else None
-        if type(layer) is not DynamicLayer or layer.is_initialized:
+        projection = projections.get(index)
+        if projection is not None and isinstance(layer, HoldsLatents):
+            seats[index] = layer.follow(projection)
+        elif projection is not None and type(layer) is DynamicLayer and not layer.is_initialized:
+            seats[index] = LatentLayer(projection, max_cache_len)
+        else:
             raise CacheError(
                 f"layer {index} of the {type(cache).__name__} cannot take latents: pass "
                 "matkv.LatentCache(model), or none, to an attached model"
             )
-    for index, projection in within.items():
-        cache.layers[index] = LatentLayer(projection, max_cache_len)
+    cache.layers = [seats.get(index, layer) for index, layer in enumerate(layers)]
+    if type(cache) is DynamicCache:
+        cache.__class__ = LatentCache
+    _warn_once(cache, projections)
+
+
+def _is_seated(cache: Cache, model: PreTrainedModel) -> bool:
+    """Whether the latent layers of `cache` are of the model's attachment: all are if one is."""
+    layers = getattr(cache, "layers", [])
+    held = next((layer for layer in layers if isinstance(layer, HoldsLatents)), None)
+    if held is None:
+        return False
+    here = next((part for part in model.modules() if isinstance(part, LayerProjection)), None)
+    return held.projection is here
+
+
+def _warn_once(cache: Any, projections: dict[int, LayerProjection]) -> None:
+    """Tell that a cache with tokens goes on at ranks that the model no longer has."""
+    is_stale = any(cache.layers[i].projection is not one for i, one in projections.items())
+    if is_stale and not getattr(cache, "is_stale", False):
+        cache.is_stale = True
+        logger.warning(
+            "the cache goes on at the ranks it was filled at, not those the model is attached at "
+            "now: reset() it to follow the model"
+        )
 
 
 def attached_projections(model: PreTrainedModel) -> dict[int, LayerProjection]:
-    """The projection of every attached layer, by layer index; empty without `attach`."""
+    """The projection of every attached layer that the model runs; empty without `attach`."""
+    # Early exit, for drafts of assisted decoding, runs the first layers alone.
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     found: dict[int, LayerProjection] = {}
     for module in model.modules():
         projection = getattr(module, "matkv", None)
-        if isinstance(projection, LayerProjection):
+        if isinstance(projection, LayerProjection) and module.layer_idx < layers:
             found[int(module.layer_idx)] = projection  # type: ignore[arg-type]
     return found
+
+
+def _check_sliding(layer: DynamicSlidingWindowLayer, removed: int) -> None:
+    length, window = layer.get_seq_length(), layer.sliding_window
+    held = 0 if layer.keys is None else layer.keys.shape[-2]
+    is_enough = layer.record_past and held - removed >= min(window - 1, length - removed)
+    if length >= window and not is_enough:
+        raise CacheError(
+            f"cannot crop {removed} tokens of a cache with a sliding window of {window}: call "
+            "activate_past_recording() before the tokens are added"
+        )
 
 
 def _layer_tensors(layer: Any) -> list[Tensor]:

@@ -7,10 +7,9 @@ Shapes: B batch, G KV head, T new token or slot, S sink token, K recent token, D
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from matkv.cache.padding import Padding, holes_among
+from matkv.cache.padding import Slots
 from matkv.errors import CacheError
 from matkv.latents.latents import Exact
 
@@ -24,8 +23,8 @@ class ExactTokens:
 
     The recent ones are the stretch `held` of a buffer [B G room F], in order. Tokens between are
     latents: those in the slots from `sink` to the last `recent`, with padding too, because what is
-    in an earlier slot is a sink or padding. Where padding lies among tokens, `spread` more slots
-    are held, so that every sequence has its `recent` tokens.
+    in an earlier slot is a sink or padding. Where padding lies among tokens, more slots are held,
+    so that every sequence has its `recent` tokens.
     """
 
     def __init__(self, sink: int, recent: int) -> None:
@@ -33,34 +32,7 @@ class ExactTokens:
         self.sink_BGSF: Tensor | None = None
         self.buffer: Tensor | None = None
         self.held = slice(0, 0)
-        self.forget_padding()
-
-    def forget_padding(self) -> None:
-        self.sink_BS: Tensor | None = None
-        self.count_BT: Tensor | None = None
-        self.holes = self.gaps = self.spread = 0
-        # From this slot on, no token to come is a sink.
-        self.settled = self.sink
-
-    def note(self, padding: Padding, first: int) -> None:
-        """Take in where the tokens are; those in the slots from `first` on are yet to come."""
-        if self.sink:
-            sink_BS = padding.sinks(self.sink)
-            if first and self.sink_BS is not None:
-                before_BS = self.sink_BS.to(sink_BS.device)
-                sink_BS = torch.where(before_BS < first, before_BS, sink_BS)
-            self.sink_BS = sink_BS
-        self.settled = padding.latest + padding.holes + self.sink
-        self.count_BT, self.holes = padding.count_BT, padding.holes
-        self.gaps = padding.holes if first else padding.inside
-        self._spread_out()
-
-    def real(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """Which of the first `length` slots hold tokens.  [BT]"""
-        if self.count_BT is None:
-            return torch.ones(batch, length, dtype=torch.bool, device=device)
-        count_BT = self._counted(length, device)
-        return count_BT > F.pad(count_BT, (1, -1))
+        self.slots = Slots(sink, recent)
 
     @property
     def reach(self) -> int:
@@ -81,27 +53,45 @@ class ExactTokens:
         Returns what their attention reads exactly, and the tokens that turn into latents. With
         `keep_all` these are kept as well, so that `crop` can bring them back.
         """
-        length = first + new_BGTF.shape[2]
-        if self.sink_BS is not None:
-            self.sink_BS = self.sink_BS.to(new_BGTF.device)
+        length, slots = first + new_BGTF.shape[2], self.slots
+        slots.move(new_BGTF.device)
         self._fill_sinks(new_BGTF, first)
         assert self.sink_BGSF is not None
         joined = self._count(self.held) + new_BGTF.shape[2]
-        kept = joined if keep_all and self.recent else self._wanted(length)
+        kept = joined if keep_all and self.recent else self._wanted(length, slots.spread)
         recent_BGKF = self._slide(new_BGTF, joined, kept)
+        dtype = torch.promote_types(self.sink_BGSF.dtype, recent_BGKF.dtype)
+        self.sink_BGSF, recent_BGKF = self.sink_BGSF.to(dtype), recent_BGKF.to(dtype)
         exact = Exact(
             recent_BGKF,
             self.sink_BGSF,
             length,
             self.reach,
-            self.sink_BS,
-            self._counted(length, new_BGTF.device) if self.holes and self.recent else None,
-            self.gaps,
+            slots.sink_BS,
+            slots.counted(length) if slots.holes and self.recent else None,
+            slots.gaps,
         )
-        self.gaps = self.holes
+        slots.gaps = slots.holes
         turned = slice(self.between(first), self.between(length))
         offset = self.sink - exact.first
         return exact, recent_BGKF[:, :, turned.start + offset : turned.stop + offset]
+
+    def cropped(self, length: int, removed: int) -> slice:
+        """The recent tokens that are left without the last `removed` of `length`.
+
+        Raises:
+            CacheError: tokens that are recent again were already dropped.
+        """
+        if not self.recent or removed == length:
+            return slice(0, 0)
+        wanted = self._wanted(length - removed, self.slots.spread_at(length - removed))
+        end = max(self.held.start, self.held.stop - removed)
+        if end - wanted < self.held.start:
+            raise CacheError(
+                f"cannot crop {removed} tokens of a cache that keeps {self.recent} exact: call "
+                "activate_past_recording() before the tokens are added, or use recent=0"
+            )
+        return slice(end - wanted, end)
 
     def crop(self, length: int, removed: int) -> None:
         """Forget the last `removed` of `length` tokens.
@@ -109,27 +99,16 @@ class ExactTokens:
         Raises:
             CacheError: tokens that are recent again were already dropped.
         """
-        length -= removed
-        if length == 0:
-            return self.reset()
-        if not self.recent:
-            return
-        if self.count_BT is not None:
-            self.count_BT = self._counted(length, self.count_BT.device)
-            self._spread_out()
-        wanted = self._wanted(length)
-        end = max(self.held.start, self.held.stop - removed)
-        if end - wanted < self.held.start:
-            raise CacheError(
-                f"cannot crop {removed} tokens of a cache that keeps {self.recent} exact: call "
-                "activate_past_recording() before the tokens are added, or use recent=0"
-            )
-        self.held = slice(end - wanted, end)
+        self.held = self.cropped(length, removed)
+        if removed == length:
+            self.reset()
+        else:
+            self.slots.cut(length - removed)
 
     def reset(self) -> None:
         self.sink_BGSF, self.buffer = None, None
         self.held = slice(0, 0)
-        self.forget_padding()
+        self.slots = Slots(self.sink, self.recent)
 
     def select(self, index_B: Tensor) -> None:
         """Keep these sequences, in this order."""
@@ -137,10 +116,7 @@ class ExactTokens:
             return
         self._store(self.buffer[:, :, self.held].index_select(0, index_B))
         self.sink_BGSF = self.sink_BGSF.index_select(0, index_B)
-        if self.sink_BS is not None:
-            self.sink_BS = self.sink_BS.index_select(0, index_B)
-        if self.count_BT is not None:
-            self.count_BT = self.count_BT.index_select(0, index_B)
+        self.slots.select(index_B)
 
     def move(self, device: torch.device | str) -> None:
         if self.buffer is not None and self.sink_BGSF is not None:
@@ -165,23 +141,9 @@ class ExactTokens:
     def _count(held: slice) -> int:
         return int(held.stop - held.start)
 
-    def _wanted(self, length: int) -> int:
-        """How many of `length` tokens are recent, and no sinks whatever the padding."""
-        return min(self.recent + self.spread, max(0, length - self.sink))
-
-    def _spread_out(self) -> None:
-        """Learn how many slots more than `recent` are needed for as many tokens."""
-        assert self.count_BT is not None
-        matters = self.recent > 0 and self.holes > 0
-        self.spread = holes_among(self.count_BT, self.recent) if matters else 0
-
-    def _counted(self, length: int, device: torch.device) -> Tensor:
-        """The count of tokens, with one more for every slot that nothing was noted of."""
-        assert self.count_BT is not None
-        count_BT = self.count_BT.to(device)[:, :length]
-        more_T = torch.arange(1, length - count_BT.shape[1] + 1, device=device)
-        self.count_BT = torch.cat((count_BT, count_BT[:, -1:] + more_T), dim=1)
-        return self.count_BT
+    def _wanted(self, length: int, spread: int) -> int:
+        """How many of `length` slots are held, and no sinks whatever the padding."""
+        return min(self.recent + spread, max(0, length - self.sink))
 
     def _slide(self, new_BGTF: Tensor, joined: int, kept: int) -> Tensor:
         """Append, then keep the last `kept`; returns all that were held and the new.  [BGKF]"""
@@ -212,10 +174,10 @@ class ExactTokens:
         B, G, tokens, F = new_BGTF.shape
         if self.sink_BGSF is None:
             self.sink_BGSF = new_BGTF.new_zeros(B, G, self.sink, F)
-        if first >= self.settled:
+        if first >= self.slots.settled:
             return
         sink_BS = torch.arange(self.sink, device=new_BGTF.device).expand(B, -1)
-        offset_BS = (sink_BS if self.sink_BS is None else self.sink_BS) - first
+        offset_BS = (sink_BS if self.slots.sink_BS is None else self.slots.sink_BS) - first
         is_new_BS = (offset_BS >= 0) & (offset_BS < tokens)
         picks_BGSF = offset_BS.clamp(0, tokens - 1)[:, None, :, None].expand_as(self.sink_BGSF)
         new_BGSF = new_BGTF.gather(2, picks_BGSF)
@@ -223,6 +185,7 @@ class ExactTokens:
 
 
 def _is_writable(buffer: Tensor, new_BGTF: Tensor) -> bool:
-    """Not where a graph needs earlier tokens, nor a buffer made in a mode that is over."""
+    """Not where a graph needs earlier tokens, nor a buffer of another mode or a lesser dtype."""
     is_frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+    is_frozen |= torch.promote_types(buffer.dtype, new_BGTF.dtype) != buffer.dtype
     return not (is_frozen or buffer.requires_grad or new_BGTF.requires_grad)

@@ -18,7 +18,7 @@ from matkv.attention.masks import visible
 
 @dataclass(frozen=True)
 class Padding:
-    """Where the tokens of a padded batch are among the slots of a cache.
+    """Where the tokens of a batch are, as all its layers share it.
 
     `count_BT` counts a sequence's tokens up to each slot. The last sequence starts at the slot
     `latest`. After its start a sequence has at most `holes` slots without a token, `inside` of them
@@ -38,22 +38,87 @@ class Padding:
         after_B = real_BT.flip(-1).cumsum(-1).eq(0).sum(-1)
         holes_B = T - empty_B - all_B
         inside_B = (holes_B - after_B).clamp_min(0)
-        most = [int(x) for x in torch.stack((empty_B, holes_B, inside_B)).amax(-1).tolist()]
-        return cls(count_BT, *most)
+        return cls(count_BT, *torch.stack((empty_B, holes_B, inside_B)).amax(-1).tolist())
 
-    def sinks(self, sink: int) -> Tensor:
-        """Slots of the first tokens of each sequence; those to come follow one another.  [BS]"""
-        T, sink_S = self.count_BT.shape[1], torch.arange(sink, device=self.count_BT.device)
+
+class Slots:
+    """Where a layer finds the tokens of each sequence, as far as its exact ones ask for it.
+
+    Sinks are in the slots `sink_BS`, None where that is at the start. `gaps` is the most padding
+    among the tokens that a query reads exactly, `spread` the same for queries to come, and from the
+    slot `settled` on no token is a sink.
+    """
+
+    def __init__(self, sink: int, recent: int) -> None:
+        self.sink, self.recent = sink, recent
+        self.sink_BS: Tensor | None = None
+        self.count_BT: Tensor | None = None
+        self.holes = self.gaps = self.spread = 0
+        self.settled = sink
+
+    def note(self, padding: Padding, first: int) -> None:
+        """Take in where the tokens are; those in the slots from `first` on are yet to come."""
+        self.count_BT, self.holes = padding.count_BT, padding.holes
+        self._place_sinks(first)
+        self.settled = padding.latest + padding.holes + self.sink
+        self.gaps = padding.holes if first else padding.inside
+        self.spread = self.spread_at(padding.count_BT.shape[1])
+
+    def cut(self, length: int) -> None:
+        """Forget the slots from `length` on."""
+        if self.count_BT is not None:
+            self.spread = self.spread_at(length)
+            self.count_BT = self.counted(length)
+            self._place_sinks(length)
+
+    def select(self, index_B: Tensor) -> None:
+        if self.count_BT is not None:
+            self.count_BT = self.count_BT.index_select(0, index_B)
+        if self.sink_BS is not None:
+            self.sink_BS = self.sink_BS.index_select(0, index_B)
+
+    def move(self, device: torch.device | str) -> None:
+        if self.count_BT is not None:
+            self.count_BT = self.count_BT.to(device)
+        if self.sink_BS is not None:
+            self.sink_BS = self.sink_BS.to(device)
+
+    def real(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Which of the first `length` slots hold tokens.  [BT]"""
+        if self.count_BT is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=device)
+        count_BT = self.counted(length).to(device)
+        return count_BT > F.pad(count_BT, (1, -1))
+
+    def counted(self, length: int) -> Tensor:
+        """The count of tokens, with one more for every slot that nothing was noted of."""
+        assert self.count_BT is not None
+        count_BT = self.count_BT[:, :length]
+        more_T = torch.arange(1, length - count_BT.shape[1] + 1, device=count_BT.device)
+        self.count_BT = torch.cat((count_BT, count_BT[:, -1:] + more_T), dim=1)
+        return self.count_BT
+
+    def spread_at(self, length: int) -> int:
+        """The most slots without a token among a sequence's last `recent` tokens, and after."""
+        if self.count_BT is None or not self.holes or not self.recent:
+            return 0
+        count_BT = self.count_BT[:, :length]
+        all_B1 = count_BT[:, -1:]
+        is_recent_BT = (count_BT > 0) & (count_BT > all_B1 - self.recent)
+        return int((is_recent_BT.sum(-1) - all_B1.clamp_max(self.recent)[:, 0]).max())
+
+    def _place_sinks(self, first: int) -> None:
+        """Find the first tokens of each sequence; those to come follow one another."""
+        if not self.sink:
+            return
+        assert self.count_BT is not None
+        T, sink_S = self.count_BT.shape[1], torch.arange(self.sink, device=self.count_BT.device)
         sink_BS = sink_S.expand(len(self.count_BT), -1).contiguous()
         there_BS = torch.searchsorted(self.count_BT, sink_BS + 1)
-        return torch.where(there_BS < T, there_BS, T + sink_BS - self.count_BT[:, -1:])
-
-
-def holes_among(count_BT: Tensor, recent: int) -> int:
-    """The most slots without a token among the last `recent` tokens of a sequence and after."""
-    all_B1 = count_BT[:, -1:]
-    is_recent_BT = (count_BT > 0) & (count_BT > all_B1 - recent)
-    return int((is_recent_BT.sum(-1) - all_B1.clamp_max(recent)[:, 0]).max())
+        found_BS = torch.where(there_BS < T, there_BS, T + sink_BS - self.count_BT[:, -1:])
+        if first and self.sink_BS is not None:
+            found_BS = torch.where(self.sink_BS < first, self.sink_BS, found_BS)
+        self.sink_BS = found_BS
 
 
 def new_tokens(mask: Any, batch: int, first: int, queries: int) -> Tensor | None:

@@ -1,7 +1,11 @@
-"""Buffers of rows that grow as tokens come."""
+"""The latents of one layer's tokens, in buffers that grow as tokens come.
+
+Shapes: B batch, N heads of one bucket, T token, C row columns.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Buffers grow by a quarter and in steps of this many tokens: appending one token copies nothing,
@@ -9,7 +13,72 @@ from torch import Tensor
 GRAIN = 64
 
 
-def reusable(old: Tensor | None, new_BNTC: Tensor) -> Tensor:
+class Rows:
+    """A buffer [B N capacity C] per bucket of equal row widths; `count` tokens are in them.
+
+    Room for `reserve` tokens is made at the first one. Forgotten tokens leave their room for later
+    ones.
+    """
+
+    def __init__(self, reserve: int = 0) -> None:
+        self.reserve = reserve
+        self.buffers: list[Tensor] = []
+        self.count = 0
+
+    def append(self, rows: list[Tensor]) -> None:
+        """Add new tokens, a tensor [B N T C] per bucket."""
+        if self.count == 0:
+            old: list[Tensor | None] = [*self.buffers] or [None] * len(rows)
+            self.buffers = [_reusable(o, new) for o, new in zip(old, rows, strict=True)]
+        pairs = zip(self.buffers, rows, strict=True)
+        self.buffers = [self._appended(buffer, new) for buffer, new in pairs]
+        self.count += rows[0].shape[2]
+
+    def first(self, count: int) -> list[Tensor]:
+        """The first `count` tokens, a view [B N count C] per bucket."""
+        return [buffer[:, :, :count] for buffer in self.buffers]
+
+    def crop(self, count: int) -> None:
+        """Keep the first `count` tokens."""
+        self.count = count
+
+    def select(self, index_B: Tensor) -> None:
+        """Keep these sequences, in this order."""
+        buffers = []
+        for buffer in self.buffers:
+            used = buffer[:, :, : self.count].index_select(0, index_B)
+            moved = used.new_empty(used.shape[0], used.shape[1], *buffer.shape[2:])
+            moved[:, :, : self.count] = used
+            buffers.append(moved)
+        self.buffers = buffers
+
+    def move(self, device: torch.device | str) -> None:
+        self.buffers = [buffer.to(device, non_blocking=True) for buffer in self.buffers]
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the tokens held, without spare room."""
+        return sum(rows.numel() * rows.element_size() for rows in self.first(self.count))
+
+    def _appended(self, buffer: Tensor, new_BNTC: Tensor) -> Tensor:
+        if new_BNTC.requires_grad or buffer.requires_grad:
+            # Writing in place would break the graph of earlier tokens.
+            return torch.cat((buffer[:, :, : self.count], new_BNTC), dim=2)
+        B, N, tokens, C = new_BNTC.shape
+        capacity, end = buffer.shape[2], self.count + tokens
+        # As torch.cat would: a step under autocast must not round what came before it, nor after.
+        dtype = torch.promote_types(buffer.dtype, new_BNTC.dtype)
+        is_frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if tokens and (end > capacity or is_frozen or dtype != buffer.dtype):
+            wanted = max(end, capacity + capacity // 4, self.reserve)
+            grown = new_BNTC.new_empty(B, N, -(-wanted // GRAIN) * GRAIN, C, dtype=dtype)
+            grown[:, :, : self.count] = buffer[:, :, : self.count]
+            buffer = grown
+        buffer[:, :, self.count : end] = new_BNTC
+        return buffer
+
+
+def _reusable(old: Tensor | None, new_BNTC: Tensor) -> Tensor:
     """The old buffer if new rows fit it but for their number, else an empty one."""
     if (
         old is not None
@@ -20,10 +89,3 @@ def reusable(old: Tensor | None, new_BNTC: Tensor) -> Tensor:
     ):
         return old
     return new_BNTC[:, :, :0]
-
-
-def pair_up(buffers: list[Tensor], rows: list[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
-    """Every bucket's buffer with its new rows; no buffer before the first token."""
-    if not buffers:
-        return [(None, new) for new in rows]
-    return list(zip(buffers, rows, strict=True))

@@ -8,7 +8,7 @@ Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row co
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from matkv.cache.cache import attached_projections, storage_nbytes
+from matkv.cache.layer import HoldsLatents, tokens_removed
 from matkv.errors import CacheError
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 
 
-class StaticLatentLayer(StaticLayer):
+class StaticLatentLayer(HoldsLatents, StaticLayer):  # type: ignore[misc]
     """A buffer [B N max_cache_len C] per bucket of equal row widths, allocated at the first token.
 
     Raises:
@@ -35,13 +36,16 @@ class StaticLatentLayer(StaticLayer):
         self.projection = projection
         self.buffers: list[Tensor] = []
 
+    def emptied(self, projection: LayerProjection) -> Self:
+        return self.__class__(projection, self.max_cache_len)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.cumulative_length = self.cumulative_length.to(self.device)
-        batch = key_states.shape[0]
+        self.batch_size, self.num_heads = key_states.shape[:2]
         self.buffers = [
             key_states.new_zeros(
-                batch, b.heads.stop - b.heads.start, self.max_cache_len, b.row_width
+                self.batch_size, b.heads.stop - b.heads.start, self.max_cache_len, b.row_width
             )
             for b in self.projection.buckets
         ]
@@ -62,9 +66,18 @@ class StaticLatentLayer(StaticLayer):
         for buffer, rows_BNTC in zip(
             self.buffers, self.projection.encode(key_states, value_states), strict=True
         ):
-            buffer.index_copy_(2, position_T, rows_BNTC)
+            if torch.promote_types(buffer.dtype, rows_BNTC.dtype) != buffer.dtype:
+                raise CacheError(
+                    f"a static cache filled in {buffer.dtype} cannot take {rows_BNTC.dtype}: use "
+                    "one dtype throughout, or LatentCache(model)"
+                )
+            buffer.index_copy_(2, position_T, rows_BNTC.to(buffer.dtype))
         latents = Latents(self.projection, self.buffers, is_static=True)
         return latents, latents
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens: later ones are written over them."""
+        self.cumulative_length.sub_(tokens_removed(tokens_to_remove)).clamp_(min=0)
 
     def reset(self) -> None:
         self.cumulative_length.zero_()
@@ -101,6 +114,18 @@ class StaticLatentCache(Cache):
         for index, projection in projections.items():
             layers[index] = StaticLatentLayer(projection, max_cache_len)
         super().__init__(layers=layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens of every layer, or of none.
+
+        Raises:
+            CacheError: `tokens_to_remove` is positive, or a layer has a sliding window.
+        """
+        if not all(isinstance(layer, StaticLatentLayer) for layer in self.layers):
+            raise CacheError(
+                "a static cache with a sliding window cannot be cropped: use LatentCache(model)"
+            )
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:

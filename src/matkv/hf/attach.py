@@ -89,6 +89,7 @@ def _switch(model: PreTrainedModel, attachment: Attachment, *, sink: int, recent
     """Put everything in place; the attachment says at any time what is to be undone."""
     decoder, modules = decoder_of(model), attention_modules(model)
     artifact, table = attachment.artifact, attachment.table
+    source = artifact.digest
     decoder.__dict__[ATTACHMENT] = attachment
     attachment.merged = merge(model, artifact.lora)
     for layer in artifact.geometry.growing:
@@ -99,6 +100,7 @@ def _switch(model: PreTrainedModel, attachment: Attachment, *, sink: int, recent
             table.value[layer],
             sink=sink,
             recent=recent,
+            source=source,
         )
         handler.to(device_of(modules[layer]), model.dtype).requires_grad_(False)
         setattr(modules[layer], NAME, handler)

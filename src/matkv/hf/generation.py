@@ -54,9 +54,8 @@ class PrepareForward:
         cache = next((x for x in kwargs.values() if isinstance(x, Cache)), None)
         use_cache = kwargs.get("use_cache")
         if cache is not None:
-            if not is_latent(cache):
-                use_latents(cache, decoder)
-        elif config.use_cache if use_cache is None else use_cache:
+            use_latents(cache, decoder)
+        elif (config.use_cache if use_cache is None else use_cache) and not _checkpoints(decoder):
             for name in NAMES:
                 kwargs.pop(name, None)
             cache = kwargs[self.cache_name] = LatentCache(decoder)
@@ -65,6 +64,11 @@ class PrepareForward:
             tokens_BT = next(x for x in inputs if isinstance(x, Tensor))
             note_padding(cache.layers, kwargs.get("attention_mask"), *tokens_BT.shape[:2])
         return (), kwargs
+
+
+def _checkpoints(decoder: nn.Module) -> bool:
+    """Whether gradient checkpointing will leave any cache empty."""
+    return decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))
 
 
 def check_caches(decoder: nn.Module, args: Any, output: Any) -> None:

@@ -35,8 +35,8 @@ class Latents:
 
     def __getattr__(self, name: str) -> NoReturn:
         """Another attention function, of a model no longer attached, takes this for a tensor."""
-        if name.startswith("__"):
-            raise AttributeError(name)
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"'Latents' object has no attribute {name!r}")
         raise CacheError("the cache holds latents, but the model is not attached: use a new cache")
 
 

@@ -47,7 +47,8 @@ class LayerProjection(nn.Module):
     Buffers, heads in sorted order: `ranks` [G 2]; `encode_rows` [G 2D C] makes rows of [key|value];
     `query` [G D M] goes with the first columns of a row, and is zero from the key rank on;
     `output` [G M D] goes with the last columns, and is zero but for its last value-rank rows.
-    `sink` first and `recent` last tokens of a sequence are kept exact.
+    `sink` first and `recent` last tokens of a sequence are kept exact. `source` names the bases:
+    latents of projections of one source are prefixes of each other, and equal at one `identity`.
 
     Raises:
         RankError: the number of ranks or a rank does not fit the maps.
@@ -69,6 +70,7 @@ class LayerProjection(nn.Module):
         *,
         sink: int = 0,
         recent: int = 0,
+        source: str = "",
     ) -> None:
         super().__init__()
         heads, dim = key.encode_XDD.shape[:2]
@@ -77,6 +79,7 @@ class LayerProjection(nn.Module):
                 raise RankError(f"ranks {ranks} do not fit {heads} KV heads of dimension {dim}")
         self.kv_heads, self.head_dim = heads, dim
         self.sink, self.recent = sink, recent
+        self.source, self.identity = source, (source, key_ranks, value_ranks, sink, recent)
         pairs = list(zip(key_ranks, value_ranks, strict=True))
         order = sorted(range(heads), key=lambda head: sum(pairs[head]))
         pairs = [pairs[head] for head in order]
@@ -112,10 +115,10 @@ class LayerProjection(nn.Module):
 
     def encode(self, key_BGTD: Tensor, value_BGTD: Tensor) -> list[Tensor]:
         """Rows of new tokens, a tensor [BNTC] per bucket."""
-        return self.encode_states(torch.cat((key_BGTD, value_BGTD), dim=-1))
+        return self.encode_states(joined(key_BGTD, value_BGTD))
 
     def encode_states(self, states_BGTF: Tensor) -> list[Tensor]:
-        """`encode` of [key | value] in one tensor, F = 2D."""
+        """`encode` of states that are `joined`."""
         rows_BGTC = per_head(self.sort(states_BGTF), self.encode_rows)
         return [rows_BGTC[:, b.heads, :, : b.row_width] for b in self.buckets]
 
@@ -127,6 +130,11 @@ class LayerProjection(nn.Module):
         """Inverse of `enter`.  [-> BHQD]"""
         out_BHQD: Tensor = self.unsort(out_BGXD).unflatten(2, (-1, queries)).flatten(1, 2)
         return out_BHQD
+
+
+def joined(key_BGTD: Tensor, value_BGTD: Tensor) -> Tensor:
+    """Keys and values as one row a token, [key | value].  [BGTF], F = 2D"""
+    return torch.cat((key_BGTD, value_BGTD), dim=-1)
 
 
 def per_head(x_BGXY: Tensor, map_GYZ: Tensor) -> Tensor:
