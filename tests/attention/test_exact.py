@@ -17,6 +17,7 @@ from explicit import attend_explicit
 from matkv.attention import exact
 from matkv.attention import parts as parts
 from matkv.attention.latent import attend
+from matkv.attention.masks import seen_slots
 from matkv.cache.exact import ExactTokens
 from matkv.cache.layer import LatentLayer, note_padding
 from matkv.latents.layer import LayerProjection
@@ -55,7 +56,7 @@ def attend_in_pieces(cache: LatentLayer, sizes: list[int], mask: Tensor | None) 
     for size in sizes:
         place = slice(first, first := first + size)
         if mask is not None:
-            note_padding([cache], mask[:, :, place, :first], B, size)
+            note_padding([cache], seen_slots(mask[:, :, place, :first]), B, size)
         latents, _ = cache.update(key[:, :, place], value[:, :, place])
         piece = None if mask is None else mask[:, :, place, :first]
         out = attend(latents, query[:, :, place], piece, scaling=SCALING)

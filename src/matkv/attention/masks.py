@@ -9,6 +9,9 @@ Shapes: B batch, Q query, T token, S sink token, C sinks and a stretch of other 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,6 +44,19 @@ def additive(mask: Tensor, dtype: torch.dtype, also: Tensor | None = None) -> Te
 def visible(mask: Tensor) -> Tensor:
     """A boolean mask from any."""
     return mask if mask.dtype == torch.bool else mask > HIDDEN
+
+
+def seen_slots(mask: Any) -> Tensor | None:
+    """Which slots hold tokens, as far as a mask that a decoder takes tells.  [B|1 T]
+
+    That is [B T], what attention adds or is told [B|1 1 Q T], or such a one for every kind of
+    layer, by name. None if there is no mask.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return None
+    return visible(mask).any(2)[:, 0] if mask.dim() == 4 else mask.bool()
 
 
 def look_ahead(mask: Tensor | None, first: int) -> int:

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from matkv.cache.exact import ExactTokens
-from matkv.cache.padding import Padding, new_tokens
+from matkv.cache.padding import Padding
 from matkv.cache.rows import Rows
 from matkv.errors import CacheError
 from matkv.latents.latents import Latents
@@ -224,20 +225,21 @@ def tokens_removed(tokens_to_remove: int) -> int:
     return -tokens_to_remove
 
 
-def note_padding(layers: Iterable[Any], mask: Any, batch: int, queries: int) -> None:
+def note_padding(layers: Iterable[Any], seen_BT: Tensor | None, batch: int, queries: int) -> None:
     """Tell layers that keep some tokens exact which of the next `queries` slots are padding.
 
-    `mask` is one that a decoder takes, see `new_tokens`. On an accelerator single tokens are
-    trusted to be no padding once every sequence has its sinks: looking would wait for the device.
+    `seen_BT` says it of all slots, those further on are padding. On an accelerator single tokens
+    are trusted to be none once every sequence has its sinks: looking would wait for the device.
     """
     held = [layer for layer in layers if isinstance(layer, LatentLayer)]
     slots = [layer.exact.slots for layer in held if layer.exact is not None]
-    if not slots:
+    if not slots or seen_BT is None:
         return
     first = held[0].length
-    real_BQ = new_tokens(mask, batch, first, queries)
     is_settled = queries == 1 and all(places.settled <= first for places in slots)
-    if real_BQ is None or (is_settled and real_BQ.device.type != "cpu") or bool(real_BQ.all()):
+    real_BQ = seen_BT[:, first : first + queries].expand(batch, -1)
+    real_BQ = F.pad(real_BQ, (0, queries - real_BQ.shape[1]))
+    if (is_settled and real_BQ.device.type != "cpu") or bool(real_BQ.all()):
         return
     padding = Padding.of(torch.cat((slots[0].real(batch, first, real_BQ.device), real_BQ), dim=1))
     for places in slots:

@@ -1,19 +1,15 @@
 """Which slots of a cache hold tokens: the padding of a batch.
 
-Shapes: B batch, Q new token, T slot of the cache, S sink token.
+Shapes: B batch, T slot of the cache, S sink token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from matkv.attention.masks import visible
 
 
 @dataclass(frozen=True)
@@ -119,19 +115,3 @@ class Slots:
         if first and self.sink_BS is not None:
             found_BS = torch.where(self.sink_BS < first, self.sink_BS, found_BS)
         self.sink_BS = found_BS
-
-
-def new_tokens(mask: Any, batch: int, first: int, queries: int) -> Tensor | None:
-    """Which of the slots from `first` on hold tokens, from any mask that a decoder takes.  [BQ]
-
-    That is [B T], what attention adds or is told [B|1 1 Q T], or such a one for every kind of
-    layer, by name. None if there is no mask.
-    """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention")
-    if not isinstance(mask, Tensor):
-        return None
-    mask = mask[..., first : first + queries]
-    if mask.dim() == 4:
-        mask = visible(mask).any(2)[:, 0]
-    return F.pad(mask.bool(), (0, queries - mask.shape[-1])).expand(batch, -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from matkv.attention.masks import seen_slots
 from matkv.cache.cache import LatentCache, use_latents
 from matkv.cache.layer import LatentLayer, note_padding
 from matkv.cache.naming import NAMES, cache_name
@@ -62,7 +63,8 @@ class PrepareForward:
         if cache is not None:
             inputs = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
             tokens_BT = next(x for x in inputs if isinstance(x, Tensor))
-            note_padding(cache.layers, kwargs.get("attention_mask"), *tokens_BT.shape[:2])
+            seen_BT = seen_slots(kwargs.get("attention_mask"))
+            note_padding(cache.layers, seen_BT, *tokens_BT.shape[:2])
         return (), kwargs
 
 

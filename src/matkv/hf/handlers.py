@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from matkv.attention.latent import attend
+from matkv.attention.masks import seen_slots
 from matkv.attention.truncated import States, attend_near_exact
 from matkv.bases.gates import Projected
 from matkv.cache.layer import LatentLayer, note_padding
@@ -51,7 +52,7 @@ class OnLatents(LayerProjection):
             )
         if self.keeps_exact:
             layer = LatentLayer(self)
-            note_padding([layer], call.mask, len(key_BGTD), key_BGTD.shape[2])
+            note_padding([layer], seen_slots(call.mask), len(key_BGTD), key_BGTD.shape[2])
             latents: Latents = layer.update(key_BGTD, value_BGTD)[0]
             return latents
         return Latents(self, self.encode(key_BGTD, value_BGTD))
