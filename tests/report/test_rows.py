@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from matkv.artifact.setting import Setting
-from matkv.report.pictures.decoding import caches, step_panel, throughput_panel
+from matkv.report.pictures.decoding import looks_of, step_panel, throughput_panel
 from matkv.report.rows import Measured, Needle, Peer, Row, Scored, Timed, Told, read
 from matkv.report.runs import series
 from matkv.report.sections.context import _error, _mean
@@ -79,8 +79,10 @@ def test_what_was_not_measured_is_not_drawn() -> None:
             {"budget": 0.5, "context": 20, "batch": 1, "step_ms": 1.5, "step_ms_low": 1.0},
         ],
     )
-    looks = {None: None, 0.5: 0}
-    assert caches(rows, looks) == {"DynamicCache": None, "StaticCache": 1, "matkv 50%": 0}
+    looks = looks_of(rows, {None: None, 0.5: 0})
+    assert looks == {"DynamicCache": None, "StaticCache": 1, "matkv 50%": 0}
+    without = step_panel(rows[1:], looks).lines
+    assert [(line.label, line.style) for line in without] == [("StaticCache", 1), ("matkv 50%", 0)]
     step = step_panel(rows, looks)
     assert [line.label for line in step.lines] == ["DynamicCache", "StaticCache", "matkv 50%"]
     assert step.lines[2].bounds == [None, None]

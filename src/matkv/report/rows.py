@@ -52,6 +52,11 @@ class Row:
         """How the run was used, whatever the budget."""
         return Setting(uniform=self.uniform, sink=self.sink, recent=self.recent)
 
+    @property
+    def dash(self) -> int:
+        """How lines of this way are drawn: of plain, uniform, exact and both another."""
+        return int(self.uniform) + 2 * int(self.sink > 0 or self.recent > 0)
+
 
 def _value(record: Record, name: str, default: Any) -> Any:
     value = record.get(name)

@@ -12,7 +12,7 @@ from matkv.report.pictures.theme import NARROW, WIDE, Canvas, Picture, picture, 
 from matkv.report.rows import Timed, read
 
 MEGABYTE = 1e6
-Styles = Mapping[float | None, int | None]
+Looks = Mapping[str, int | None]  # the style of every cache by its label
 
 
 def save_benchmark(
@@ -30,7 +30,9 @@ def save_benchmark(
     if not rows:
         raise MatkvError("no rows to plot: the benchmark measured nothing")
     budgets = {row.budget for row in rows if row.budget is not None}
-    looks = {None: None} | {b: index for index, b in enumerate(sorted(budgets, reverse=True))}
+    styles: dict[float | None, int | None] = {None: None}
+    styles |= {budget: index for index, budget in enumerate(sorted(budgets, reverse=True))}
+    looks = looks_of(rows, styles)
     sizes = [(size, row) for row in rows if (size := row.resident_bytes) is not None]
     if memory is None:
         memory = int(max((size for size, row in sizes if row.budget is None), default=0))
@@ -43,7 +45,7 @@ def save_benchmark(
     return [save(one, Path(directory) / f"{one.name}.png") for one in drawn]
 
 
-def step_panel(rows: Sequence[Timed], looks: Styles) -> Panel:
+def step_panel(rows: Sequence[Timed], looks: Looks) -> Panel:
     """Time of a step against context at the smallest batch, with its quartiles."""
     shown = _smallest_batch(rows)
     return Panel(
@@ -54,7 +56,7 @@ def step_panel(rows: Sequence[Timed], looks: Styles) -> Panel:
     )
 
 
-def cache_panel(rows: Sequence[Timed], looks: Styles) -> Panel:
+def cache_panel(rows: Sequence[Timed], looks: Looks) -> Panel:
     """Bytes of the cache against context at the smallest batch."""
     shown = _smallest_batch(rows)
     return Panel(
@@ -65,7 +67,7 @@ def cache_panel(rows: Sequence[Timed], looks: Styles) -> Panel:
     )
 
 
-def throughput_panel(rows: Sequence[Timed], looks: Styles) -> Panel:
+def throughput_panel(rows: Sequence[Timed], looks: Looks) -> Panel:
     """Tokens a second against batch at the longest context."""
     context = max((row.context for row in rows), default=0)
     at = [row for row in rows if row.context == context]
@@ -77,10 +79,9 @@ def throughput_panel(rows: Sequence[Timed], looks: Styles) -> Panel:
     )
 
 
-def largest_context(rows: Sequence[Timed], looks: Styles, memory: int) -> Picture:
+def largest_context(rows: Sequence[Timed], looks: Looks, memory: int) -> Picture:
     """Bars: what weights leave of a memory, over the bytes of a token at the longest context."""
     shown, longest = _smallest_batch(rows), max(row.context for row in rows)
-    names = caches(rows, looks)
     tokens = {
         row.label: max(0.0, memory - row.weight_bytes) / row.cache_bytes * longest
         for row in shown
@@ -91,7 +92,7 @@ def largest_context(rows: Sequence[Timed], looks: Styles, memory: int) -> Pictur
         axes = canvas.figure.subplots()
         frame(canvas, axes)
         axes.grid(False)
-        colors = [line_color(canvas, names[label]) for label in tokens]
+        colors = [line_color(canvas, looks[label]) for label in tokens]
         bars = axes.barh(list(tokens), list(tokens.values()), color=colors)
         axes.bar_label(bars, fmt="{:,.0f}", padding=4, fontsize=SMALL, color=canvas.color("ink"))
         axes.invert_yaxis()
@@ -104,18 +105,13 @@ def largest_context(rows: Sequence[Timed], looks: Styles, memory: int) -> Pictur
     return picture("largest_context", draw, wide=(WIDE, height), narrow=(NARROW, height), text=text)
 
 
-def caches(rows: Sequence[Timed], looks: Styles) -> dict[str, int | None]:
-    """The style of every cache by its label: full ones beyond the first come after all budgets."""
-    found: dict[str, int | None] = {}
-    spare = len(looks) - 1
-    for row in rows:
-        if row.label in found:
-            continue
-        if row.budget is None and None in found.values():
-            found[row.label], spare = spare, spare + 1
-        else:
-            found[row.label] = looks[row.budget]
-    return found
+def looks_of(
+    rows: Sequence[Timed], styles: Mapping[float | None, int | None]
+) -> dict[str, int | None]:
+    """The style of every cache; those of full ones beyond the first come after all budgets'."""
+    full = list(dict.fromkeys(row.label for row in rows if row.budget is None))
+    spare = {label: len(styles) - 1 + index for index, label in enumerate(full[1:])}
+    return {row.label: spare.get(row.label, styles[row.budget]) for row in rows}
 
 
 def _smallest_batch(rows: Sequence[Timed]) -> list[Timed]:
@@ -124,10 +120,10 @@ def _smallest_batch(rows: Sequence[Timed]) -> list[Timed]:
 
 
 def _lines(
-    rows: Sequence[Timed], name: str, looks: Styles, *, x: str = "context", unit: float = 1.0
+    rows: Sequence[Timed], name: str, looks: Looks, *, x: str = "context", unit: float = 1.0
 ) -> list[Line]:
     drawn = []
-    for label, style in caches(rows, looks).items():
+    for label, style in looks.items():
         own = [row for row in rows if row.label == label and getattr(row, name) is not None]
         drawn.append(
             Line(
@@ -135,7 +131,7 @@ def _lines(
                 points=[(getattr(row, x), getattr(row, name) / unit) for row in own],
                 bounds=[row.quartiles for row in own] if name == "step_ms" else (),
                 style=style,
-                dashed=any(row.budget is None or str(row.way) for row in own),
+                dash=max((1 if row.budget is None else row.dash for row in own), default=0),
             )
         )
     return [line for line in drawn if line.points]

@@ -13,6 +13,7 @@ from matkv.report.pictures.theme import MARKERS, NARROW, SERIES, WIDE, Canvas, P
 
 Point = tuple[float, float]
 FONT, SMALL = 11.5, 10.5
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class Line:
     """A line of points (x, y); `bounds` are (low, high) of every point, None where not known.
 
     `labels` stand beside the points where there is room. `style` numbers colour and marker; None is
-    the reference, grey and dashed. `plain` draws no markers, `strong` a thicker line.
+    the reference, grey and dashed. `dash` numbers ways to draw the line, 0 for solid; `plain` draws
+    no markers, `strong` a thicker line.
     """
 
     label: str
@@ -29,7 +31,7 @@ class Line:
     bounds: Sequence[Point | None] = ()
     labels: Sequence[str] = ()
     plain: bool = False
-    dashed: bool = False
+    dash: int = 0
     strong: bool = False
 
 
@@ -194,8 +196,11 @@ def _look(canvas: Canvas, line: Line) -> dict[str, Any]:
         return look | {"marker": "_", "linestyle": (0, (4, 3))}
     turn, place = divmod(line.style, len(SERIES))
     marker = "" if line.plain else MARKERS[place % len(MARKERS)]
-    dash = (0, (5, 2)) if line.dashed else "-"
-    look |= {"marker": marker, "linestyle": dash, "lw": 2.8 if line.strong else 1.8}
+    look |= {
+        "marker": marker,
+        "linestyle": DASHES[line.dash % len(DASHES)],
+        "lw": 2.8 if line.strong else 1.8,
+    }
     return look | {"markerfacecolor": "none"} if turn else look  # the colours begin again
 
 

@@ -212,7 +212,7 @@ def _beside_the_paper(found: Sequence[Scores], tasks: Sequence[str]) -> list[Blo
             label=f"paper: {model} {method}",
             points=list(values.items()),
             style=len(names) + index,
-            dashed=True,
+            dash=1,
         )
         for index, ((model, method), values) in enumerate(paper.items())
     ]

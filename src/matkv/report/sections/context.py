@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from matkv.report.page import Block, Cell, Missing, Section, Table
 from matkv.report.pictures.figures import Axis, Line, Panel, Point, lines
-from matkv.report.rows import Needle, Position, Source
+from matkv.report.rows import Needle, Position, RowT, Source
 from matkv.report.runs import Run, Series, Styles, series, slug, styles, title_of
 from matkv.report.sections.quality import PANELS
 
@@ -94,14 +93,14 @@ def _by_context(rows: Sequence[Needle]) -> list[tuple[float, list[Needle]]]:
 
 
 def _drawn(
-    one: Series[Any], points: Sequence[Point], looks: Styles, bounds: Sequence[Point | None] = ()
+    one: Series[RowT], points: Sequence[Point], looks: Styles, bounds: Sequence[Point | None] = ()
 ) -> Line:
     return Line(
         label=str(one),
         points=points,
         bounds=bounds,
         style=looks[one.budget],
-        dashed=bool(str(one.way)),
+        dash=one.rows[0].dash,
     )
 
 

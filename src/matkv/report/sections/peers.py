@@ -180,7 +180,7 @@ def _line(label: str, rows: Sequence[Peer], full: Peer | None, style: int) -> Li
         labels=list(map(percent, shares)),
         strong=leads,
         style=style,
-        dashed=any(EXACT.search(row.setting) for row in rows),
+        dash=int(any(EXACT.search(row.setting) for row in rows)),
     )
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matkv.report.page import Block, Cell, Missing, Section, Table
-from matkv.report.pictures.decoding import MEGABYTE, cache_panel, step_panel, throughput_panel
+from matkv.report.pictures.decoding import (
+    MEGABYTE,
+    cache_panel,
+    looks_of,
+    step_panel,
+    throughput_panel,
+)
 from matkv.report.pictures.figures import lines
 from matkv.report.pictures.theme import Picture
 from matkv.report.rows import Timed
@@ -39,7 +45,7 @@ def speed_section(runs: Sequence[Run]) -> Section:
 
 def _picture(run: Run, runs: Sequence[Run], rows: Sequence[Timed], name: str) -> Picture:
     """Time of a step and bytes of the cache, and throughput where there are several batches."""
-    looks = styles(runs)
+    looks = looks_of(rows, styles(runs))
     panels = [step_panel(rows, looks), cache_panel(rows, looks)]
     if len({row.batch for row in rows}) > 1:
         panels.append(throughput_panel(rows, looks))
