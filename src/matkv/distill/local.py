@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from matkv.attention.truncated import States, attend_near_exact
 from matkv.bases.gates import Projected
 from matkv.bases.learned import ADAM_EPSILON
 from matkv.data.batch import Batch
@@ -28,7 +27,9 @@ from matkv.distill.bases import Bases
 from matkv.distill.config import DistillConfig
 from matkv.distill.examples import TrainingSet, as_batch
 from matkv.errors import TrainingError
+from matkv.hf.function import Call
 from matkv.hf.geometry import attention_modules, geometry_of
+from matkv.hf.handlers import OnTruncated
 from matkv.hf.observe import observe
 from matkv.hf.weights import output_projection, weight_of
 from matkv.progress import Interrupt, OnProgress, Progress, Spent
@@ -183,38 +184,21 @@ def layer_loss(
     `projected` may hold matrices for K times as many sequences; each sequence is then met K times.
     """
     weight_MX = weight_of(output_projection(module), query_BHTD.dtype)
-    scaling = getattr(module, "scaling", query_BHTD.shape[-1] ** -0.5)
+    scaling = getattr(module, "scaling", None)
+    states = query_BHTD, key_BGTD, value_BGTD
     with torch.no_grad():
-        teacher_BTX = _causal(query_BHTD, States(key_BGTD, value_BGTD), scaling)
-        teacher_BTX = teacher_BTX * keep_BT[..., None]
+        teacher_BTHD = Call(module, *states, None, scaling, 0.0).usual(key_BGTD, value_BGTD)
+        teacher_BTX = teacher_BTHD.flatten(2) * keep_BT[..., None]
         scale = F.linear(teacher_BTX, weight_MX).float().square().sum()
     assert projected.key is not None
     K = len(projected.key) // len(query_BHTD)
-    query, key, value, keep = (
-        x.repeat(K, *[1] * (x.dim() - 1)) for x in (query_BHTD, key_BGTD, value_BGTD, keep_BT)
+    query, key, value = (x.repeat(K, 1, 1, 1) for x in states)
+    student_BTHD = OnTruncated(projected).attend(
+        Call(module, query, key, value, None, scaling, 0.0)
     )
-    student_BTX = _truncated(query, States(key, value), projected, scaling) * keep[..., None]
+    student_BTX = student_BTHD.flatten(2) * keep_BT.repeat(K, 1)[..., None]
     error_BTM = F.linear(student_BTX - teacher_BTX.repeat(K, 1, 1), weight_MX)
     return error_BTM.float().square().sum() / (K * scale)
-
-
-def _truncated(query_BHTD: Tensor, exact: States, projected: Projected, scaling: float) -> Tensor:
-    """Causal attention on truncated keys and values, all but the recent ones.  [-> BTX]"""
-    truncated = States(*projected(exact.key_BGTD, exact.value_BGTD))
-    if not projected.recent:
-        return _causal(query_BHTD, truncated, scaling)
-    out_BHTD = attend_near_exact(
-        query_BHTD, exact, truncated, None, recent=projected.recent, scaling=scaling
-    )
-    return out_BHTD.transpose(1, 2).flatten(2)
-
-
-def _causal(query_BHTD: Tensor, states: States, scaling: float) -> Tensor:
-    """Causal attention with the heads side by side.  [-> BTX]"""
-    J = query_BHTD.shape[1] // states.key_BGTD.shape[1]
-    key, value = (x.repeat_interleave(J, dim=1) for x in (states.key_BGTD, states.value_BGTD))
-    out_BHTD = F.scaled_dot_product_attention(query_BHTD, key, value, is_causal=True, scale=scaling)
-    return out_BHTD.transpose(1, 2).flatten(2)
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
