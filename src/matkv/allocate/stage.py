@@ -14,7 +14,7 @@ uniform   the same rank everywhere, to compare with
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,9 +27,9 @@ from matkv.allocate.descent import Descent
 from matkv.allocate.divergence import Text, take_text
 from matkv.allocate.rounds import OnProgress, Rounds
 from matkv.allocate.space import TINY, Space
-from matkv.allocate.verify import own_budget
+from matkv.allocate.verify import Verifier, own_budget
 from matkv.artifact.artifact import Artifact
-from matkv.artifact.history import Allocated
+from matkv.artifact.history import Allocated, Check
 from matkv.data.batch import Tokens
 from matkv.errors import DataError
 from matkv.hf.geometry import geometry_of
@@ -83,15 +83,11 @@ def allocate(
         if config.method == "fisher" and config.blend and not interrupted:
             path, shares = rounds.blend(path, budgets)
         tables = _tables(path, budgets)
-        checks = []
+        checks: tuple[Check, ...] = ()
         if interrupted and path.drops:
             tables[own_budget(path.table())] = path.table()
         elif not interrupted:
-            verifier = rounds.verifier(held_out)
-            for error, limit in _limits(config):
-                table = verifier.smallest(path, error, limit)
-                tables[own_budget(table)] = table
-            checks = [verifier.entry(space, *named) for named in sorted(tables.items())]
+            checks = _verified(rounds.verifier(held_out), path, tables, config)
     finally:
         model.train(was_training)
     entry = Allocated(
@@ -99,7 +95,7 @@ def allocate(
         seconds=round(time.perf_counter() - started, 1),
         interrupted=interrupted,
         shares=shares,
-        checks=tuple(checks),
+        checks=checks,
     )
     return replace(artifact, tables=tables).with_history(entry)
 
@@ -168,8 +164,13 @@ def _tables(path: Descent, budgets: Iterable[float]) -> dict[float, RankTable]:
     return {budget: path.table(n) for budget, n in counts.items() if n is not None}
 
 
-def _limits(config: AllocateConfig) -> Iterator[tuple[str, float]]:
+def _verified(
+    verifier: Verifier, path: Descent, tables: dict[float, RankTable], config: AllocateConfig
+) -> tuple[Check, ...]:
+    """What is measured of `tables`, after the smallest ones within limits of error joined them."""
     for error in ("kl", "perplexity_increase"):
         limit = getattr(config, f"max_{error}")
         if limit is not None:
-            yield error, limit
+            table = verifier.smallest(path, error, limit)
+            tables[own_budget(table)] = table
+    return tuple(verifier.entry(path.space, *named) for named in sorted(tables.items()))
