@@ -10,6 +10,7 @@ Arms, all from the same model, with the same steps of the same batches of a seed
     random 2D     Matryoshka2dLoss of sentence-transformers: a random layer and dimension a step
     ladder        LadderLoss, all sizes every step
     distilled     the same, the full size teaching the others
+    full x3       the same, the full size counting three times
     separate      a model for every size, cut first and trained for it alone
     equal time    the same, with one ladder's time shared out among all of them
     smae          a ladder on a model pre-trained by examples/smae.py (--pretrained)
@@ -104,6 +105,10 @@ def distilled(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
     return ladder(bench, replace(config, distill=1.0))
 
 
+def weighted(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
+    return ladder(bench, replace(config, distill=1.0, full_weight=3.0))
+
+
 def smae(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
     if bench.pretrained is None:
         raise SystemExit("the arm smae needs --pretrained, a model made by examples/smae.py")
@@ -139,6 +144,7 @@ ARMS: dict[str, Callable[[Bench, EmbedConfig], tuple[Values, float]]] = {
     "random 2D": random_2d,
     "ladder": ladder,
     "distilled": distilled,
+    "full x3": weighted,
     "separate": separate,
     "equal time": equal_time,
     "smae": smae,
