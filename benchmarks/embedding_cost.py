@@ -2,9 +2,9 @@
 
     python benchmarks/embedding_cost.py [--model DIRECTORY] [--steps 7]
 
-Processor seconds of this process, medians of steps that take turns: other work on the
-machine counts little. Memory is what a step keeps for its backward pass, every tensor once. The grid
-is every layer at six dimensions, measured by an evaluator; one encode is that of its texts.
+Processor seconds of this process, medians of steps that take turns: other work on the machine
+counts little. Memory is what a step keeps for its backward pass, every tensor once. The grid is every
+layer at six dimensions, measured by an evaluator; one encode is that of its texts.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> None:
     }
     found: dict[str, Any] = {"step": seconds(steps, args.steps)}
     found["kept"] = {name: kept_bytes(step) for name, step in steps.items()}
-    found["grid"] = grid_cost(model.eval(), texts[:256])
+    found["grid"] = grid_cost(model.eval(), texts[:128])
     for table in ("step", "kept", "grid"):
         base = next(iter(found[table].values()))
         for name, value in found[table].items():

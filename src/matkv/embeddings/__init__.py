@@ -15,14 +15,14 @@ loss of sentence-transformers and by its Trainer; every size is then served as a
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from matkv.errors import MatkvError
 
-if find_spec("sentence_transformers") is None:
+try:
+    import sentence_transformers  # noqa: F401
+except ImportError as error:
     raise MatkvError(
         "embedding models need the package sentence-transformers: pip install sentence-transformers"
-    )
+    ) from error
 
 from matkv.embeddings.evaluator import RungEvaluator, RungTable, rung_table
 from matkv.embeddings.layers import encode_rungs

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from matkv.embeddings.data import LossName
 from matkv.embeddings.loss import Over
 from matkv.embeddings.rungs import Size, check, default_rungs, parse, size_axes
 from matkv.errors import TrainingError
 from matkv.schedule import Cycle, Independent, Ladder, Sandwich, Schedule
-from matkv.settings import read_recipe
-
-ScheduleName = Literal["ladder", "cycle", "sandwich", "independent"]
-CHOICES: dict[str, tuple[str, ...]] = {
-    "loss": get_args(LossName),
-    "schedule": get_args(ScheduleName),
-    "distill_over": get_args(Over),
-}
-POSITIVE = (
-    *("steps", "batch_size", "lr", "max_tokens", "save_every", "log_every"),
-    *("grain", "full_weight"),
+from matkv.settings import (
+    Count,
+    Few,
+    NotNegative,
+    Positive,
+    Seed,
+    Values,
+    flat,
+    merged,
+    read_recipe,
+    settings,
 )
-NOT_NEGATIVE = ("random", "distill", "max_grad_norm", "seed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(TrainingError)
 class EmbedConfig:
     """How to train an embedding model of many sizes.
 
@@ -39,48 +39,42 @@ class EmbedConfig:
     the full size teaches the smaller ones, over the `distill_over` "candidates" of a batch or
     "coordinates"; in the mean over sizes it counts `full_weight` times.
 
-    `steps` of `batch_size` examples, texts cut to `max_tokens`, AdamW with `lr` after a share
-    `warmup` of the steps and from there linearly to zero, gradients clipped to `max_grad_norm`.
-    A checkpoint is written every `save_every` steps.
+    AdamW, with `lr` after a share `warmup` of the steps and from there linearly to zero.
 
     Raises:
         TrainingError, SizeError: a value is out of range; the message says which is allowed.
     """
 
-    rungs: str | None = None
-    schedule: ScheduleName = "ladder"
-    random: int = 1
-    grain: int = 32
-    loss: LossName = "ranking"
-    distill: float = 0.0
-    distill_over: Over = "candidates"
-    full_weight: float = 1.0
+    rungs: str | None = Field(default=None, description="sizes LAYERxDIM: 1x32,2x64")
+    schedule: Literal["ladder", "cycle", "sandwich", "independent"] = Field(
+        default="ladder", description="ladder, cycle, sandwich or independent"
+    )
+    random: Annotated[int, Field(ge=0, le=2**16)] = Field(
+        default=1, description="independent draws of a sandwich"
+    )
+    grain: Count = Field(default=32, description="drawn dimensions are multiples of it")
+    loss: LossName = Field(default="ranking", description="ranking or cosent (scored pairs)")
+    distill: NotNegative = Field(
+        default=0.0, description="weight of what the full size teaches the others"
+    )
+    distill_over: Over = Field(default="candidates", description="candidates or coordinates")
+    full_weight: Positive = Field(default=1.0, description="how often the full size counts")
 
-    steps: int = 200
-    batch_size: int = 64
-    max_tokens: int | None = None
-    lr: float = 1e-4
-    warmup: float = 0.1
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    save_every: int = 100
-    log_every: int = 10
+    steps: Count = Field(default=200, description="training steps")
+    batch_size: Few = Field(default=64, description="examples a step")
+    max_tokens: Count | None = Field(
+        default=None, description="tokens of a text; the model's own limit unless given"
+    )
+    lr: Positive = Field(default=1e-4, description="learning rate")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="share of the steps"
+    )
+    max_grad_norm: NotNegative = Field(default=1.0, description="gradients are clipped to it")
+    seed: Seed = Field(default=0, description="seed of batches, draws and dropout")
+    save_every: Count = Field(default=100, description="steps from one checkpoint to the next")
+    log_every: Count = Field(default=10, description="steps from one logged loss to the next")
 
     def __post_init__(self) -> None:
-        for option, allowed in CHOICES.items():
-            if getattr(self, option) not in allowed:
-                raise TrainingError(
-                    f"{option} {getattr(self, option)!r} must be one of {', '.join(allowed)}"
-                )
-        for option in POSITIVE:
-            value = getattr(self, option)
-            if value is not None and not value > 0:
-                raise TrainingError(f"{option} {value} must be above 0")
-        for option in NOT_NEGATIVE:
-            if not getattr(self, option) >= 0:
-                raise TrainingError(f"{option} {getattr(self, option)} must be 0 or more")
-        if not 0 <= self.warmup < 1:
-            raise TrainingError(f"warmup {self.warmup} must be in [0, 1), a share of the steps")
         if self.rungs is not None:
             parse(self.rungs)
 
@@ -98,23 +92,18 @@ class EmbedConfig:
         axes = size_axes(full, min(self.grain, full[1]))
         return Sandwich(axes, self.random) if self.schedule == "sandwich" else Independent(axes)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Values:
         """Plain data that `from_dict` takes."""
-        return asdict(self)
+        return flat(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> EmbedConfig:
+    def from_dict(cls, data: Values) -> EmbedConfig:
         """Settings by name.
 
         Raises:
-            TrainingError: a name is unknown or a value has the wrong type.
+            TrainingError, SizeError: a name is unknown or a value is not allowed.
         """
-        known = {field.name: str(field.type) for field in fields(cls)}
-        for option, value in data.items():
-            if option not in known:
-                raise TrainingError(f"unknown setting {option!r}; known are {', '.join(known)}")
-            _check_type(option, known[option], value)
-        return cls(**data)
+        return merged(cls, data)
 
     @classmethod
     def from_toml(cls, path: str | Path | None, **overrides: Any) -> EmbedConfig:
@@ -123,17 +112,6 @@ class EmbedConfig:
         Raises:
             TrainingError: the file cannot be read, or names a setting that does not exist.
         """
-        data = {} if path is None else dict(read_recipe(path, "embed"))
-        data |= {option: value for option, value in overrides.items() if value is not None}
-        return cls.from_dict(data)
-
-
-def _check_type(option: str, wanted: str, value: Any) -> None:
-    kinds: tuple[type, ...] = (str,)
-    if wanted.startswith("int"):
-        kinds = (int,)
-    elif wanted.startswith("float"):
-        kinds = (int, float)
-    nothing = value is None and wanted.endswith("None")
-    if not nothing and (not isinstance(value, kinds) or isinstance(value, bool)):
-        raise TrainingError(f"{option} {value!r} must be {wanted}")
+        recipe = {} if path is None else read_recipe(path, "embed")
+        given = {option: value for option, value in overrides.items() if value is not None}
+        return merged(cls, recipe, given)
