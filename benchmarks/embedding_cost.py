@@ -3,8 +3,8 @@
     python benchmarks/embedding_cost.py [--model DIRECTORY] [--steps 7]
 
 Processor seconds of this process, medians of steps that take turns: other work on the machine
-counts little. Memory is what a step keeps for its backward pass, every tensor once. The grid is every
-layer at six dimensions, measured by an evaluator; one encode is that of its texts.
+counts little. Memory is what a step keeps for its backward pass, every tensor once. The grid is
+every layer at six dimensions, measured by an evaluator; one encode is that of its texts.
 """
 
 from __future__ import annotations
