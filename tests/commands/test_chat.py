@@ -7,6 +7,7 @@ import io
 import os
 import select
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -222,18 +223,32 @@ def test_a_model_without_a_template_is_named_so(
     assert "no chat template" in ended.err
 
 
+# A process of its own session takes its standard input for the terminal that Ctrl-C comes from.
+ON_TERMINAL = """
+import fcntl, runpy, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.argv[0] = "matkv"
+runpy.run_module("matkv", run_name="__main__")
+"""
+
+
 class Terminal:
     """The program on a terminal of its own."""
 
     def __init__(self, *words: str) -> None:
         import pty
 
-        self.child, self.end = pty.fork()
-        if self.child == 0:
-            source = str(Path(package.__file__).parent.parent)
-            environment = {**os.environ, "PYTHONPATH": source, "TERM": "xterm", "COLUMNS": "200"}
-            program = [sys.executable, "-m", "matkv", *words]
-            os.execve(sys.executable, program, environment)
+        self.end, inner = pty.openpty()
+        source = str(Path(package.__file__).parent.parent)
+        self.program = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, *words],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": source, "TERM": "xterm", "COLUMNS": "200"},
+        )
+        os.close(inner)
         self.shown = ""
 
     def type(self, text: str) -> None:
@@ -250,7 +265,11 @@ class Terminal:
         return found
 
     def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        try:
+            return self.program.wait(60)
+        finally:
+            self.program.kill()
+            os.close(self.end)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")

@@ -13,7 +13,6 @@ from rich.text import Text
 from matkv.artifact.artifact import Artifact
 from matkv.data.haystacks import TESTS
 from matkv.evaluate.scores import AVERAGE
-from matkv.plan import DEFAULT_BANDWIDTH, DEFAULT_DEVICE
 from matkv.ranks import SIDES, RankTable
 from matkv.report.paper import PAPER_BUDGET, PAPER_SHARES
 
@@ -71,47 +70,6 @@ def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['cache_bytes']:,}",
         )
     return table
-
-
-def plan_table(plan: dict[str, Any]) -> Group:
-    """Full and compressed cache of a plan, side by side, in powers of a thousand bytes."""
-    title = (
-        f"{plan['model_type']}: {plan['parameters']:,} parameters in {plan['dtype']}, "
-        f"{bytes_text(plan['weight_bytes'])}; {plan['batch']} × {plan['context']:,} tokens"
-    )
-    table = Table()
-    for name in ("", "full", f"budget {plan['budget']:.1%}"):
-        table.add_column(name, justify="left" if not name else "right")
-    ways = plan["full"], plan["compressed"]
-    for label, field in (
-        ("cache", "cache_bytes"),
-        ("each further token", "token_bytes"),
-        ("bases", "bases_bytes"),
-        ("weights, bases and cache", "total_bytes"),
-    ):
-        table.add_row(label, *(bytes_text(way[field]) for way in ways))
-    if plan["memory"] is not None:
-        table.add_row(
-            f"fits in {bytes_text(plan['memory'])}", *("yes" if w["fits"] else "no" for w in ways)
-        )
-        table.add_row("largest batch", *(f"{way['largest_batch']:,}" for way in ways))
-        table.add_row("largest context", *(f"{way['largest_context']:,}" for way in ways))
-    device = f", {DEFAULT_DEVICE}" if plan["bandwidth"] == DEFAULT_BANDWIDTH else ""
-    speed = f"{bytes_text(plan['bandwidth'])}/s{device}"
-    table.add_row(f"decoding step at {speed}", *(f"{way['decode_ms']:,.2f} ms" for way in ways))
-    return Group(Text(title), table, Text(_shares(plan)))
-
-
-def _shares(plan: dict[str, Any]) -> str:
-    """Of what the budget is a share, and what that leaves of all bytes."""
-    stays = plan["layers"] - plan["growing_layers"]
-    if not stays:
-        return f"all {plan['layers']} layers grow with the context: the budget is of all bytes"
-    share = plan["compressed"]["cache_bytes"] / plan["full"]["cache_bytes"]
-    return (
-        f"{stays} of {plan['layers']} layers have a sliding window and stay as they are: "
-        f"{plan['budget']:.1%} of what grows is {share:.1%} of all bytes"
-    )
 
 
 def facts(title: str, values: dict[str, Any]) -> Table:
