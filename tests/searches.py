@@ -35,7 +35,7 @@ def text_of(subject: Tiny, batches: list[Any] = BATCHES[:2]) -> Text:
     count = sum(
         b.numel() if isinstance(b, Tensor) else int(b["attention_mask"].sum()) for b in batches
     )
-    text = take_text(batches, count, torch.device("cpu"), "test")
+    text = take_text(batches, count, subject.model, "test")
     add_teacher(subject.model, text)
     return text
 

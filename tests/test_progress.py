@@ -1,14 +1,16 @@
-"""Randomness of one's own leaves that of others alone."""
+"""What a long stage needs: a request to stop, and randomness of its own."""
 
 from __future__ import annotations
 
 import random
+import signal
+import threading
 
 import numpy
 import pytest
 import torch
 
-from matkv.progress import own_randomness
+from matkv.progress import Interrupt, own_randomness
 
 
 def drawn() -> tuple[float, float, float]:
@@ -33,3 +35,27 @@ def test_the_same_seed_draws_the_same() -> None:
         with own_randomness(seed):
             numbers.append(float(torch.rand(())))
     assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_a_first_ctrl_c_asks_and_a_second_one_raises() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        assert not interrupt.agreed(torch.device("cpu"))
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested and interrupt.agreed(torch.device("cpu"))
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_ctrl_c_stays_as_it_is() -> None:
+    handlers: list[object] = []
+
+    def stage() -> None:
+        with Interrupt():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=stage)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]

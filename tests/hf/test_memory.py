@@ -39,15 +39,16 @@ def test_a_system_that_does_not_tell_is_trusted(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"held_out_tokens": 2**31 - 1}, "held_out_tokens 2147483647 takes"),
-        ({"search_tokens": 2**31 - 1}, "search_tokens 2147483647 takes"),
+        ({"held_out_tokens": 2**31 - 1}, "2147483647 tokens to verify on takes"),
+        ({"search_tokens": 2**31 - 1}, "2147483647 tokens to search on takes"),
     ],
 )
 @pytest.mark.parametrize("method", ["fisher", "greedy"])
 def test_text_without_end_is_not_read_for_ever(
     llama: Tiny, settings: dict[str, Any], named: str, method: Any
 ) -> None:
-    config = AllocateConfig(method=method, **settings)
+    sizes = {"held_out_tokens": 48} | settings
+    config = AllocateConfig(method=method, **sizes)
     with pytest.raises(MatkvError, match=named):
         allocate(llama.model, llama.artifact, repeat(tokens(2, 24)), config)
 

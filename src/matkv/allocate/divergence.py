@@ -24,6 +24,7 @@ from matkv.allocate.replay import blocks_of, recorded, resumed
 from matkv.bases.gates import GatedProjection
 from matkv.data.batch import Batch, Tokens
 from matkv.errors import DataError
+from matkv.hf.memory import check_fits
 from matkv.logits import row_blocks
 from matkv.ranks import SIDES, RankTable
 
@@ -52,6 +53,13 @@ class Text:
     """Tokenized text in batches, of which this process measures `mine`."""
 
     pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Text:
+        pieces: list[Piece] = []
+        for batch in batches:
+            pieces.append(Piece(pieces[-1].rows.stop if pieces else 0, batch))
+        return cls(tuple(pieces))
 
     @property
     def sequences(self) -> int:
@@ -91,31 +99,30 @@ class Divergence:
         return float(torch.tensor(self.loss - self.teacher_loss, dtype=torch.float64).expm1())
 
 
-def take_text(batches: Iterable[Tokens], tokens: int, device: torch.device, use: str) -> Text:
+def take_text(batches: Iterable[Tokens], tokens: int, model: PreTrainedModel, use: str) -> Text:
     """As many batches as hold `tokens` tokens.
 
     Raises:
         DataError: they hold fewer; `use` names what the text is for.
+        MatkvError: their logits are more than the device's memory holds.
     """
-    pieces: list[Piece] = []
-    count = first = 0
+    check_fits(
+        tokens * logits_nbytes(model), model.device, f"a text of {tokens} tokens to {use} on"
+    )
+    taken: list[Batch] = []
+    count = 0
     for given in batches:
-        piece = Piece(first, Batch.of(given).to(device))
-        pieces.append(piece)
-        first = piece.rows.stop
-        count += piece.batch.tokens
+        taken.append(Batch.of(given).to(model.device))
+        count += taken[-1].tokens
         if count >= tokens:
-            return Text(tuple(pieces))
+            return Text.of(taken)
     raise DataError(f"the text ends after {count} of {tokens} tokens to {use} on: give more text")
 
 
-def joined(texts: Iterable[Text]) -> Text:
-    """Several texts as one."""
-    pieces: list[Piece] = []
-    for piece in (piece for text in texts for piece in text.pieces):
-        first = pieces[-1].rows.stop if pieces else 0
-        pieces.append(Piece(first, piece.batch))
-    return Text(tuple(pieces))
+def logits_nbytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's logits."""
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    return vocabulary * model.dtype.itemsize
 
 
 @torch.inference_mode()

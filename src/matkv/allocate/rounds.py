@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from matkv.allocate.blend import blended
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.descent import Descent, uniform_descent
-from matkv.allocate.divergence import Gated, Text, add_teacher, joined
+from matkv.allocate.divergence import Gated, Text, add_teacher
 from matkv.allocate.fisher import MEMORY, Sensitivity, expand, fisher_drops
 from matkv.allocate.greedy import greedy_round
 from matkv.allocate.space import TINY
@@ -109,7 +109,7 @@ class Rounds:
     def blend(self, path: Descent, budgets: Sequence[float]) -> tuple[Descent, dict[float, float]]:
         """`path` drawn towards equal ranks, by the loss on the last texts of the search."""
         count = -(-self.config.held_out_tokens // self.config.search_tokens)
-        text = joined(self.texts[-count:])
+        text = Text.of(piece.batch for text in self.texts[-count:] for piece in text.pieces)
         return blended(path, budgets, self.verifier(text).loss)
 
     def verifier(self, text: Text) -> Verifier:
@@ -149,12 +149,12 @@ class Rounds:
         add_teacher(self.model, text)
         seed = self.config.seed + (index << 32)
         with self.student():
-            found = expand(
+            sensitivity = expand(
                 self.model, self.gated, text, table, samples=self.config.samples, seed=seed
             )
         if len(self.texts) > 1:
             text.forget_teacher()
-        return found
+        return sensitivity
 
     @contextmanager
     def student(self) -> Iterator[None]:

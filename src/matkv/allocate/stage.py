@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.descent import Descent
-from matkv.allocate.divergence import Text, take_text
+from matkv.allocate.divergence import Text, logits_nbytes, take_text
 from matkv.allocate.rounds import OnProgress, Rounds
 from matkv.allocate.space import TINY, Space
 from matkv.allocate.verify import Verifier, own_budget
@@ -70,7 +70,6 @@ def allocate(
     artifact.check(geometry_of(model.config), fingerprint(model))
     space = Space.of(artifact.geometry, config.constraints)
     budgets = _budgets(space, config)
-    _check_text(model, config)
     held_out, texts = _texts(model, batches, config)
     _check_search(model, config, space, texts)
     started = time.perf_counter()
@@ -100,14 +99,6 @@ def allocate(
     return replace(artifact, tables=tables).with_history(entry)
 
 
-def _check_text(model: PreTrainedModel, config: AllocateConfig) -> None:
-    """Make sure that the teacher's logits of a text fit in memory."""
-    for name in ("held_out_tokens", "search_tokens"):
-        tokens = getattr(config, name)
-        if config.method != "uniform" or name == "held_out_tokens":
-            check_fits(tokens * _logits_nbytes(model), model.device, f"{name} {tokens}")
-
-
 def _check_search(
     model: PreTrainedModel, config: AllocateConfig, space: Space, texts: Sequence[Text]
 ) -> None:
@@ -118,14 +109,8 @@ def _check_search(
             check_fits(grads * torch.float32.itemsize, model.device, f"samples {config.samples}")
         else:
             tokens = max(piece.batch.ids_BT.numel() for piece in text.pieces)
-            nbytes = min(config.batched, len(space.units)) * tokens * _logits_nbytes(model)
+            nbytes = min(config.batched, len(space.units)) * tokens * logits_nbytes(model)
             check_fits(nbytes, model.device, f"batched {config.batched}")
-
-
-def _logits_nbytes(model: PreTrainedModel) -> int:
-    """Bytes of one token's logits."""
-    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-    return vocabulary * model.dtype.itemsize
 
 
 def _never_below_training(config: AllocateConfig, artifact: Artifact) -> AllocateConfig:
@@ -148,13 +133,13 @@ def _texts(
 ) -> tuple[Text, list[Text]]:
     """Held-out text, and one text or more to search on."""
     source = iter(batches)
-    held_out = take_text(source, config.held_out_tokens, model.device, "verify")
+    held_out = take_text(source, config.held_out_tokens, model, "verify")
     if config.method == "uniform":
         return held_out, []
-    texts = [take_text(source, config.search_tokens, model.device, "search")]
+    texts = [take_text(source, config.search_tokens, model, "search")]
     with suppress(DataError):
         while config.method == "fisher" and len(texts) < config.expansions:
-            texts.append(take_text(source, config.search_tokens, model.device, "search"))
+            texts.append(take_text(source, config.search_tokens, model, "search"))
     return held_out, texts
 
 

@@ -48,20 +48,20 @@ class Verifier:
 
     def entry(self, space: Space, budget: float, table: RankTable) -> Check:
         """What an artifact's history keeps of a table; uniform ranks at the budget beside it."""
-        found = self.divergence(table)
+        measured = self.divergence(table)
         entry = Check(
             budget=budget,
             key_share=table.share("key"),
             value_share=table.share("value"),
-            kl=found.kl,
-            perplexity_increase=found.perplexity_increase,
+            kl=measured.kl,
+            perplexity_increase=measured.perplexity_increase,
         )
         uniform = uniform_descent(space)
         count = uniform.count_for(budget)
         if count is None or uniform.table(count) == table:
             return entry
         equal = self.divergence(uniform.table(count))
-        if equal.weighted(*self.weights) < found.weighted(*self.weights):
+        if equal.weighted(*self.weights) < measured.weighted(*self.weights):
             logger.warning("at budget %g uniform ranks are better: search on more text", budget)
         increase = equal.perplexity_increase
         return replace(entry, uniform_kl=equal.kl, uniform_perplexity_increase=increase)
@@ -74,8 +74,8 @@ class Verifier:
         """
 
         def holds(table: RankTable) -> bool:
-            found: float = getattr(self.divergence(table), error)
-            return found <= limit
+            measured: float = getattr(self.divergence(table), error)
+            return measured <= limit
 
         count = path.deepest(holds)
         if count is None:

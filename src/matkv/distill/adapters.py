@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from matkv.artifact.lora import Lora
+from matkv.distill.config import LoraSettings
 from matkv.errors import TrainingError
 from matkv.hf.geometry import attention_modules
 
@@ -23,7 +24,7 @@ class Adapters:
         TrainingError: peft is not installed.
     """
 
-    def __init__(self, model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> None:
+    def __init__(self, model: PreTrainedModel, settings: LoraSettings) -> None:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
@@ -36,7 +37,11 @@ class Adapters:
             if isinstance(child, nn.Linear)
         ]
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=targets,
+            bias="none",
         )
         with warnings.catch_warnings():
             # peft 0.21 asks transformers 5.23 by a name that it has deprecated.

@@ -131,7 +131,8 @@ def _batches(
         room = RECORD_BYTES // (recorded_nbytes(model) * len(items[0]["input_ids"]))
         count = max(size, min(wanted, room))
         items += [data.example(first + index) for index in range(1, count)]
-        recorders = _record(model, items)
+        recorders = {layer: Recorder() for layer in geometry_of(model.config).growing}
+        observe(model, recorders, (item["input_ids"][None] for item in items))
         for _ in range(config.local.reuse):
             order: list[int] = torch.randperm(count, generator=generator).tolist()
             for start in range(0, count - size + 1, size):
@@ -143,13 +144,6 @@ def _batches(
                 if step == config.local.steps:
                     return
         first += count
-
-
-def _record(model: PreTrainedModel, items: list[dict[str, Tensor]]) -> dict[int, Recorder]:
-    """What every growing layer's attention sees of the sequences."""
-    recorders = {layer: Recorder() for layer in geometry_of(model.config).growing}
-    observe(model, recorders, (item["input_ids"][None] for item in items))
-    return recorders
 
 
 def _backward(bases: Bases, modules: list[nn.Module], batch: LocalBatch, recent: int) -> float:

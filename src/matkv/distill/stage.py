@@ -187,16 +187,8 @@ class _Run:
         return made.with_history(entry)
 
     def _adapters(self) -> Adapters | None:
-        config = self.config
-        if config.lora.rank == 0:
-            return None
-        with own_randomness(config.seed):
-            return Adapters(
-                self.model,
-                rank=config.lora.rank,
-                alpha=config.lora.alpha,
-                dropout=config.lora.dropout,
-            )
+        with own_randomness(self.config.seed):
+            return Adapters(self.model, self.config.lora) if self.config.lora.rank else None
 
     def _axes(self) -> tuple[Axis, ...]:
         return rank_axes(self.artifact.geometry, self.config.rank_step)
