@@ -23,9 +23,9 @@ KILLED = 9
 RECIPE = """
 sequence_length = 32
 batch_size = 2
-steps = 4
+steps = 5
 warmup_steps = 1
-checkpoint_every = 2
+checkpoint_every = 1
 """
 
 
@@ -142,6 +142,13 @@ def prepared(home: Path, folder: Path, name: str) -> Path:
     return Path(shutil.copytree(home / "run", folder / name / "run"))
 
 
+def moments(changes: int, kills: int) -> list[int]:
+    """Changes to kill before: evenly over the run, and its very last ones."""
+    last = min(changes, max(1, kills // 4))
+    rest, count = changes - last, min(changes, kills) - last
+    return [i * rest // count for i in range(count)] + list(range(rest, changes))
+
+
 def tried(stage: Stage, home: Path, folder: Path, kills: int) -> dict[str, int]:
     """How often going on after a kill gave an equal result, and how often it was refused."""
     log = folder / "log"
@@ -152,10 +159,7 @@ def tried(stage: Stage, home: Path, folder: Path, kills: int) -> dict[str, int]:
     after = stage.state(whole)
     assert after != before
     outcomes: Counter[str] = Counter()
-    # Evenly over the run; its last writes, where most is at stake, one by one.
-    last = range(max(0, changes - kills // 2), changes)
-    first = (i * changes // (kills - len(last)) for i in range(kills - len(last)))
-    for number in sorted({*first, *last}):
+    for number in moments(changes, kills):
         run = prepared(home, folder, str(number))
         words = stage.words(home, run)
         code, _ = called(words, log, number)

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import matkv
+from hub import Hub
 from matkv import data
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.results import Results
@@ -73,18 +73,12 @@ def test_the_code_of_the_readme_runs(desk: Path, capsys: pytest.CaptureFixture[s
 def test_the_code_of_the_guide_runs_from_top_to_bottom(
     desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uploads: list[Path] = []
-
-    def upload_folder(*, repo_id: str, folder_path: str) -> None:
-        uploads.append(Path(folder_path))
-
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo_id, *, exist_ok: None)
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(uploads[-1]))
+    hub = Hub(desk / "hub").install(monkeypatch)
     names: dict[str, Any] = {"__name__": "guide"}
     for number, block in enumerate(blocks(GUIDE, "python"), start=1):
         exec(compile(block, f"{GUIDE}, block {number}", "exec"), names)
-    assert Artifact.load(uploads[-1]).history[-1]["stage"] == "allocate"
+    pushed = Artifact.load(hub.repo("you/smollm2-matkv"))
+    assert pushed.history[-1]["stage"] == "allocate"
 
 
 @pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)

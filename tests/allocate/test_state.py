@@ -63,3 +63,21 @@ def test_the_file_of_another_search_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(MatkvError, match="cannot resume"):
         SearchState(tmp_path / "folder", "digest")
+
+
+def test_a_file_cut_off_in_its_first_line_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "state.jsonl"
+    SearchState(path, "digest")
+    whole = path.read_text()
+    for text in ("", whole[:9]):
+        path.write_text(text)
+        assert SearchState(path, "digest").rounds == []
+        assert path.read_text() == whole
+
+
+def test_a_flipped_digit_is_not_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "state.jsonl"
+    SearchState(path, "digest").add([2], 0.5, 2.0)
+    path.write_text(path.read_text().replace("[2]", "[3]"))
+    with pytest.raises(MatkvError, match="checksum of a round"):
+        SearchState(path, "digest")

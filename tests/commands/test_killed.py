@@ -25,15 +25,15 @@ def killed(home: Path, folder: Path, kills: int, *stages: str) -> dict[str, dict
 
 
 def test_a_few_kills_in_each_stage(home: Path, tmp_path: Path) -> None:
-    for name, found in killed(home, tmp_path, 4, *killing.STAGES).items():
-        assert found["equal"] + found["refused"] == 4, name
+    for name, found in killed(home, tmp_path, 3, *killing.STAGES).items():
+        assert found["equal"] + found["refused"] == 3, name
         # Killed before it kept what it starts from, or after it had ended, nothing can go on.
-        assert found["refused"] <= (3 if killing.STAGES[name].may_refuse else 0), name
+        assert found["refused"] <= (2 if killing.STAGES[name].may_refuse else 0), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", killing.STAGES)
 def test_many_kills(home: Path, tmp_path: Path, stage: str) -> None:
     found = killed(home, tmp_path, 40, stage)[stage]
-    assert found["equal"] + found["refused"] >= min(40, found["changes"])
+    assert found["equal"] + found["refused"] == min(40, found["changes"])
     assert found["equal"] > found["refused"]

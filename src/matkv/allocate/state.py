@@ -1,7 +1,7 @@
 """A search's rounds on disk, so that a search cut off goes on where it stopped.
 
 JSON lines: the first names the search by a digest of all that determines it, each further one holds
-a round's drops and what was measured in it. Under several processes the first one writes.
+a round's drops, what was measured in it, and a checksum. Under several processes the first writes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from matkv.errors import MatkvError
+from matkv.files import digest, replacing
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,24 @@ class SearchState:
     def add(self, drops: Sequence[int], kl: float, seconds: float) -> None:
         self.rounds.append(Round(tuple(drops), kl, seconds))
         if self.path is not None and self.writes:
-            self._append(self.path, asdict(self.rounds[-1]))
+            record = asdict(self.rounds[-1])
+            self._append(self.path, record | {"sum": _sum(record)})
 
     def _read(self, path: Path) -> list[Round]:
         """Whole rounds; a last line cut off by a kill is removed."""
-        if not path.exists():
-            self._append(path, {"search": self.digest})
-            return []
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
             whole = text[: text.rfind("\n") + 1]
             if whole != text:
-                path.write_text(whole, encoding="utf-8")
-            head, *lines = whole.splitlines() or [""]
+                with replacing(path) as new:
+                    new.write_text(whole, encoding="utf-8")
+            if not whole:
+                self._append(path, {"search": self.digest})
+                return []
+            head, *lines = whole.splitlines()
             if head == json.dumps({"search": self.digest}):
                 return [_round(line) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise MatkvError(f"cannot resume from {path}: {error}; delete it") from error
         raise MatkvError(
             f"{path} belongs to a search with other settings, text or bases: repeat those to "
@@ -79,8 +82,14 @@ class SearchState:
 
 def _round(line: str) -> Round:
     record = json.loads(line)
+    if record.pop("sum", None) != _sum(record):
+        raise ValueError("the checksum of a round is not the one it names")
     drops = tuple(int(unit) for unit in record["drops"])
     return Round(drops, float(record["kl"]), float(record["seconds"]))
+
+
+def _sum(record: dict[str, object]) -> str:
+    return digest(json.dumps(record).encode())
 
 
 def _shared(rounds: list[Round]) -> list[Round]:

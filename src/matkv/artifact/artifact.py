@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from matkv.artifact.config import CONFIG, damaged, read_config, write_config
 from matkv.artifact.history import Distilled, Entry, entries
+from matkv.artifact.hub import download, upload
 from matkv.artifact.lora import Lora
 from matkv.artifact.storage import (
     BASES,
@@ -41,7 +43,7 @@ from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Artifact:
     """Bases for every growing layer of one model, and rank tables by budget.
 
@@ -59,6 +61,21 @@ class Artifact:
     recent: int = 0
     history: tuple[dict[str, Any], ...] = ()
     lora: Lora | None = None
+
+    def __repr__(self) -> str:
+        budgets = ", ".join(f"{100 * one:.4g}%" for one in sorted(self.tables, reverse=True))
+        adapters = "no adapters" if self.lora is None else f"adapters of {self.lora}"
+        made = ", ".join(str(entry.get("stage")) for entry in self.history)
+        return (
+            f"Artifact of {self._model}: {_describe(self.geometry)}\n"
+            f"    bases {self.digest}, made by {made or 'hand'}, {adapters}\n"
+            f"    rank tables {budgets or 'none: uniform ranks'}; exact tokens: first {self.sink}, "
+            f"last {self.recent}"
+        )
+
+    @property
+    def _model(self) -> str:
+        return self.base_model or "a model without a name"
 
     @property
     def digest(self) -> str:
@@ -103,12 +120,12 @@ class Artifact:
         """
         if geometry != self.geometry:
             raise FingerprintError(
-                f"the artifact was made for {self.base_model} ({_describe(self.geometry)}), this "
+                f"the artifact was made for {self._model} ({_describe(self.geometry)}), this "
                 f"model has {_describe(geometry)}: load that model, or calibrate this one"
             )
         if not _close(fingerprint, self.fingerprint):
             raise FingerprintError(
-                f"the artifact was made for {self.base_model}, whose weights differ from this "
+                f"the artifact was made for {self._model}, whose weights differ from this "
                 "model's: load that model, or calibrate this one"
             )
 
@@ -175,7 +192,58 @@ class Artifact:
             },
         )
 
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """`save`, by the name that transformers and PEFT give it."""
+        return self.save(save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload matkv artifact",
+    ) -> str:
+        """Commit the artifact to a repository of the hub, made if need be; returns its address.
+
+        Raises:
+            ArtifactError: the hub does not take it.
+        """
+        with TemporaryDirectory() as folder:
+            saved = self.save(Path(folder) / "artifact")
+            return upload(
+                saved,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                message=commit_message,
+            )
+
     # ---- loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Artifact:
+        """The artifact of a directory, else of a repository of the hub.
+
+        Raises:
+            ArtifactError: there is neither, or see `load`.
+        """
+        name = str(name_or_path)
+        # A hub's name has one slash at most, and nothing else of a path.
+        if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            return cls.load(name)
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        return cls.load(download(name, **options, local_files_only=local_files_only))
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:

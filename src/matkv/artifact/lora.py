@@ -27,6 +27,10 @@ class Lora:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def __str__(self) -> str:
+        maps = sum(name.endswith(DOWN) for name in self.tensors)
+        return f"rank {self.config.get('r')} in {maps} linear maps"
+
     def updates(self) -> Iterator[tuple[str, Tensor]]:
         """(name of a linear map, what to add to its weight [NM] in fp32), for all of them.
 

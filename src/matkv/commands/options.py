@@ -53,7 +53,10 @@ class Loading:
     def open(self, run: Path) -> tuple[Artifact, PreTrainedModel, PreTrainedTokenizerBase]:
         """An artifact with its base model, or with the one that `--model` names instead."""
         artifact = Artifact.load(run)
-        return artifact, *self.load(self.model or artifact.base_model)
+        name = self.model or artifact.base_model
+        if not name:
+            raise ModelError(f"{run} is of a model without a name: say where it is with --model")
+        return artifact, *self.load(name)
 
 
 # Of commands that load something else than a run's model.
