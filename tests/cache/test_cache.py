@@ -200,6 +200,25 @@ def test_crop_leaves_what_was_there_before(gemma3: Tiny, sink: int, recent: int)
     assert same_next_logits(gemma3, cache, filled(gemma3, ids[:, :16]), 2)
 
 
+@torch.no_grad()
+def test_crop_takes_a_number_in_a_tensor(llama: Tiny) -> None:
+    """As assisted decoding counts before transformers 5.23; layers must not share the tensor."""
+    ids = tokens(1, 12)
+    model = llama.attach(ranks=llama.ragged(), recent=3)
+    expected = stepwise(model, ids, (8,))
+    cache = matkv.LatentCache(model)
+    cache.activate_past_recording()
+    model(ids[:, :6], past_key_values=cache)
+    for _ in range(2):
+        removed: Any = torch.tensor(-2)
+        for layer in cache.layers:
+            layer.crop(removed)
+        assert {type(layer.get_seq_length()) for layer in cache.layers} == {int}
+        model(ids[:, 4:6], past_key_values=cache)
+    rest = model(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, expected[:, 6:], rtol=0, atol=1e-5)
+
+
 def test_crop_to_nothing_starts_over(llama: Tiny) -> None:
     llama.attach(ranks=llama.ragged(1), sink=2, recent=3)
     cache = filled(llama, tokens(2, 2))

@@ -214,15 +214,15 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
         return self.rows.used_nbytes + exact
 
 
-def tokens_removed(tokens_to_remove: int) -> int:
-    """How many tokens a `crop` removes.
+def tokens_removed(tokens_to_remove: int | Tensor) -> int:
+    """How many tokens a `crop` removes; before 5.23, transformers counts them in a tensor.
 
     Raises:
         CacheError: `tokens_to_remove` is positive.
     """
     if tokens_to_remove > 0:
         raise CacheError(f"crop({tokens_to_remove}): pass the negative number of tokens to remove")
-    return -tokens_to_remove
+    return -int(tokens_to_remove)
 
 
 def note_padding(layers: Iterable[Any], seen_BT: Tensor | None, batch: int, queries: int) -> None:
