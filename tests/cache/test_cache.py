@@ -206,7 +206,7 @@ def test_crop_takes_a_number_in_a_tensor(llama: Tiny) -> None:
     ids = tokens(1, 12)
     model = llama.attach(ranks=llama.ragged(), recent=3)
     expected = stepwise(model, ids, (8,))
-    cache = matkv.LatentCache(model)
+    cache: Any = matkv.LatentCache(model)
     cache.activate_past_recording()
     model(ids[:, :6], past_key_values=cache)
     for _ in range(2):
