@@ -3,10 +3,10 @@
 It reads artifacts, or embedding models, and their `results/*.json` only; no model is loaded and
 nothing is measured.
 
+    rows      results, typed; what is missing is None
     runs      artifacts with the rows that are theirs
-    theme     colours, and pictures that follow the reader's theme
-    figures   lines in panels
-    maps      maps by layer and head, fans of curves
+    pictures  theme: colours, and pictures that follow the reader's theme; figures: lines in panels;
+              maps: by layer and head, and fans of curves; decoding: steps and what fits
     page      what a report is made of; page.html and page.css
     embedders, sizes    the same for embedding models of many sizes
     headline quality peers accuracy context bases speed made      the sections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
@@ -12,7 +12,7 @@ from matkv.artifact.records import Record
 from matkv.artifact.results import load_rows
 from matkv.artifact.setting import Setting, was_uniform
 from matkv.errors import MatkvError
-from matkv.report.rows import RowT, number, read
+from matkv.report.rows import Row, RowT, number, read
 
 KINDS = ("perplexity", "tasks", "needle", "positions", "peers", "benchmark", "samples")
 
@@ -30,10 +30,13 @@ class Run:
     digest: str
     rows: dict[str, list[Record]]
     stale: dict[str, int]
+    typed: dict[type[Row], list[Any]] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, kind: type[RowT]) -> list[RowT]:
         """The rows of one kind that say all that they must."""
-        return read(kind, self.rows[kind.kind])
+        if kind not in self.typed:
+            self.typed[kind] = read(kind, self.rows[kind.kind])
+        return self.typed[kind]
 
     @property
     def model(self) -> str:
