@@ -88,3 +88,10 @@ def test_ranks_that_no_training_drew_are_said(
 def test_a_prompt_beyond_the_positions_is_refused(run: Path, matkv: Program) -> None:
     ended = matkv("generate", run, "far too long " * 300)
     assert "positions, the model has 2048" in ended.refusal()
+
+
+def test_a_model_without_a_name_has_to_be_named(run: Path, home: Path, matkv: Program) -> None:
+    replace(Artifact.load(run), base_model="").save(run)
+    asked: list[Word] = ["generate", run, "hello", "--max-new-tokens", 2]
+    assert "a model without a name: say where it is with --model" in matkv(*asked).refusal()
+    assert matkv(*asked, "--model", home / "model").code == 0

@@ -35,3 +35,9 @@ def test_damaged_files_are_an_error_of_one_line(tmp_path: Path, name: str, conte
     with pytest.raises(ModelError, match=rf"cannot load {tmp_path}: ") as caught:
         matkv.load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_no_model(name: str) -> None:
+    with pytest.raises(ModelError, match="no model is named: a model is a hub id"):
+        matkv.load_model(name)

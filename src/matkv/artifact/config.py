@@ -113,7 +113,9 @@ def read_config(directory: Path) -> Stored:
         )
     if version == 1:
         config["recent"] = config.pop("window", None)
-    elif config.get(SEAL) != sealed(config)[SEAL]:
+    elif SEAL not in config:
+        raise damaged(path, "it names no checksum of itself")
+    elif config[SEAL] != sealed(config)[SEAL]:
         raise damaged(path, "its checksum is not the one it names")
     try:
         known = {one.name: config[one.name] for one in fields(Stored) if one.name in config}
@@ -156,4 +158,5 @@ def damaged(path: Path, reason: Exception | str) -> ArtifactError:
     text = " ".join(str(reason).split())
     if isinstance(reason, (KeyError, TypeError, AttributeError)):
         text = f"{type(reason).__name__}: {text}"
-    return ArtifactError(f"{path} is damaged ({text[:300]}): restore it, or calibrate again")
+    where = " ".join(str(path).split())
+    return ArtifactError(f"{where} is damaged ({text[:300]}): restore it, or calibrate again")

@@ -41,6 +41,8 @@ def load_model(
         ModelError: it cannot be found or loaded, or there is no such dtype or device.
         UnsupportedModelError: it is not a decoder.
     """
+    if not str(name).strip():
+        raise ModelError(f"no model is named: a model is {KINDS}")
     target = as_device(device)
     wanted = dtype if dtype == "auto" else as_dtype(dtype)
     source = _source(str(name))
