@@ -74,6 +74,7 @@ def test_searches_that_are_too_wide_are_refused(
     ("settings", "named"),
     [
         ({"objective": "local", "local_batch_size": 2**16}, "local_batch_size 65536 takes 1.6 GB"),
+        ({"lora_rank": 2**16}, "lora_rank 65536 takes 1.4 GB"),
         ({"batch_size": 2**16}, "a micro batch of 65536 sequences at 1 draws of ranks takes"),
         (
             {"schedule": "sandwich", "random": 2**16},

@@ -15,13 +15,14 @@ from matkv.artifact.lora import Lora
 from matkv.distill.config import LoraSettings
 from matkv.errors import TrainingError
 from matkv.hf.geometry import attention_modules
+from matkv.hf.memory import check_fits
 
 
 class Adapters:
     """LoRA (arXiv 2106.09685) by peft on every linear map of the attention, put into `model`.
 
     Raises:
-        TrainingError: peft is not installed.
+        TrainingError: peft is not installed, or the rank is more than memory holds.
     """
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings) -> None:
@@ -30,17 +31,20 @@ class Adapters:
         except ImportError as error:
             raise TrainingError("lora_rank needs the package peft: pip install peft") from error
         names = {module: name for name, module in model.named_modules()}
-        targets = [
-            f"{names[module]}.{name}"
+        targets = {
+            f"{names[module]}.{name}": child.in_features + child.out_features
             for module in attention_modules(model)
             for name, child in module.named_modules()
             if isinstance(child, nn.Linear)
-        ]
+        }
+        # Weights, gradients and Adam's two moments, all in fp32.
+        nbytes = 4 * 4 * settings.rank * sum(targets.values())
+        check_fits(nbytes, model.device, f"lora_rank {settings.rank}", TrainingError)
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
-            target_modules=targets,
+            target_modules=list(targets),
             bias="none",
         )
         with warnings.catch_warnings():
