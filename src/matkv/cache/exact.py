@@ -67,9 +67,9 @@ class ExactTokens:
             self.sink_BGSF,
             length,
             self.reach,
-            slots.sink_BS,
-            slots.counted(length) if slots.holes and self.recent else None,
-            slots.gaps,
+            sink_BS=slots.sink_BS,
+            count_BT=slots.counted(length) if slots.holes and self.recent else None,
+            gaps=slots.gaps,
         )
         slots.gaps = slots.holes
         turned = slice(self.between(first), self.between(length))
