@@ -94,7 +94,7 @@ class Conversation:
             return
         try:
             self.cache.crop(-removed)
-        except (CacheError, RuntimeError):  # of recent exact tokens, of a sliding window
+        except CacheError:  # recent exact tokens, or a sliding window's, are gone
             self._forget()
 
     def _forget(self) -> None:
