@@ -9,6 +9,7 @@ import pytest
 
 from matkv.allocate.config import AllocateConfig
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.results import load_rows
 from matkv.commands import demo
 from matkv.commands.demo import DemoConfig
 from matkv.distill.config import DistillConfig
@@ -62,6 +63,13 @@ def test_the_main_job_from_end_to_end(small: DemoConfig, tmp_path: Path, matkv: 
         "calibrated": ["calibrate"],
         "distilled": ["calibrate", "distill", "allocate"],
     }
+    stages_told = [line.partition(":")[0] for line in ended.err.splitlines() if " s" in line[-4:]]
+    assert stages_told == [
+        *("loading", "calibrating", "scoring", "training", "searching ranks", "scoring"),
+        "answering",
+    ]
+    first, last = ended.out.index("before training"), ended.out.index("own ranks")
+    assert first < last  # there is something to read before the long work
     distilled = Artifact.load(out / "distilled")
     assert sorted(distilled.tables) == [0.5, 0.75]
     assert distilled.recent == 4
@@ -76,7 +84,7 @@ def test_what_it_measured_as_json(small: DemoConfig, tmp_path: Path, matkv: Prog
     full = result["rows"]["pca"][0]
     for rows in result["rows"].values():
         assert [row["budget"] for row in rows] == [None, 0.75, 0.5]
-        assert rows[0] == full
+        assert rows[0] | {"artifact": full["artifact"]} == full  # measured once
         assert all(math.isfinite(row["perplexity"]) and row["perplexity"] > 1 for row in rows)
         assert [row["tokens"] for row in rows] == [4 * 63] * 3
         assert rows[0]["bytes_per_token"] > rows[1]["bytes_per_token"] > rows[2]["bytes_per_token"]
@@ -93,17 +101,34 @@ def test_what_it_measured_as_json(small: DemoConfig, tmp_path: Path, matkv: Prog
     assert result["seconds"] > 0
 
 
+def test_a_report_of_it_shows_what_was_measured(
+    small: DemoConfig, tmp_path: Path, matkv: Program
+) -> None:
+    out = tmp_path / "demo"
+    result = matkv("demo", "-o", out, "--json").json()
+    assert matkv("report", out / "distilled", "-o", tmp_path / "report").code == 0
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Nothing was measured" not in page
+    for row in result["rows"]["own ranks, 4 exact"]:
+        assert f"{row['perplexity']:.2f}" in page or f"{row['perplexity']:,.0f}" in page
+    assert "Who?" in page
+    for name in ("pca", "calibrated"):
+        kept = load_rows(out / name, "perplexity")
+        assert [row["budget"] for row in kept][:3] == [None, 0.75, 0.5]
+        assert all(row["text"] == "held-out.txt" and row["dtype"] == "float32" for row in kept)
+
+
 def test_the_defaults_are_the_readmes() -> None:
     config = DemoConfig()
     assert (config.model, config.text, config.held_out) == ("smollm2-135m", "default", "default")
-    assert (config.distill.minutes, config.recent, config.score_tokens) == (3, 32, 4096)
-    assert config.budgets == (0.875, 0.75, 0.5, 0.375, 0.25)
+    assert (config.distill.minutes, config.recent, config.score_tokens) == (3, 32, 2048)
+    assert config.budgets == (0.75, 0.5, 0.375, 0.25)
 
 
 def test_sizes_and_budgets_are_checked_before_the_work() -> None:
-    with pytest.raises(MatkvError, match="score_tokens 0 must be at least 1"):
+    with pytest.raises(MatkvError, match="score_tokens 0 must be above 0"):
         DemoConfig(score_tokens=0)
-    with pytest.raises(MatkvError, match=r"budget 2 must be in"):
+    with pytest.raises(MatkvError, match=r"budget 2.0 must be in"):
         DemoConfig(budgets=(0.5, 2))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -18,43 +20,50 @@ from matkv import data
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.stage import allocate
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.records import Record
+from matkv.artifact.results import Results
 from matkv.artifact.setting import Setting
 from matkv.cache.cache import full_states, refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.commands import console
 from matkv.commands.bars import search_progress, token_progress, training_progress
+from matkv.commands.evaluate import Opened, measure_texts
 from matkv.commands.options import JsonOpt
-from matkv.distill.config import DistillConfig, ProbeSettings
+from matkv.distill.config import DistillConfig
 from matkv.distill.stage import distill
 from matkv.errors import MatkvError
-from matkv.evaluate.texts import Row, evaluate
-from matkv.hf.attach import attach, detach
+from matkv.evaluate.samples import PROMPTS, SAMPLES, sample_texts
+from matkv.evaluate.texts import PERPLEXITY
+from matkv.hf.attach import attached
 from matkv.hf.observe import collect_moments
 from matkv.models.default import DEFAULT_MODEL
 from matkv.models.load import load_model
-from matkv.ranks import check_budget
+from matkv.ranks import Budget
 from matkv.report.pictures.figures import Axis, Line, lines
 from matkv.report.pictures.theme import save
 from matkv.report.runs import amount
 from matkv.report.sections.quality import perplexity_panel
+from matkv.settings import Count, Length, Many, settings
 
-BUDGETS = (0.875, 0.75, 0.5, 0.375, 0.25)
+BUDGETS = (0.75, 0.5, 0.375, 0.25)
+# Ended by the clock: a slow machine takes as long as a fast one, and short sequences give it steps.
 DISTILL = DistillConfig(
     objective="end-to-end",
     minutes=3,
-    sequence_length=1024,
+    sequence_length=512,
     batch_size=1,
     kl=0.25,
     ce=0.75,
     lr=1e-2,
-    probe=ProbeSettings(every=20),
+    warmup_steps=5,
 )
-# Less text than `matkv allocate` takes by itself: a minute or two instead of several.
-ALLOCATE = AllocateConfig(expansions=12, search_tokens=1024, held_out_tokens=1024)
-PROMPT = "What is the capital of France, and what is it known for?"
+# Less text than `matkv allocate` takes by itself: a minute instead of several.
+ALLOCATE = AllocateConfig(expansions=8, search_tokens=512, held_out_tokens=512)
+PROMPT = PROMPTS[0]
+MAIN = "distilled"  # the artifact that ends with all there is
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(MatkvError)
 class DemoConfig:
     """What the demo runs on, and how much of everything it does.
 
@@ -67,90 +76,123 @@ class DemoConfig:
     score_tokens           held-out text to score, in sequences of `score_length`
     resident_tokens        tokens in the cache whose bytes are measured
     prompt, answer_budget  what is answered, in `answer_tokens` at most
-
-    Raises:
-        BudgetError, MatkvError: a budget is outside (0, 1], or a size below 1.
     """
 
     model: str = DEFAULT_MODEL
     title: str = "SmolLM2-135M (4-bit weights)"
     text: str = "default"
     held_out: str = "default"
-    budgets: tuple[float, ...] = BUDGETS
-    recent: int = 32
+    budgets: Many[Budget] = BUDGETS
+    recent: Count = 32
     distill: DistillConfig = DISTILL
     allocate: AllocateConfig = ALLOCATE
-    calibrate_tokens: int = 32_768
-    calibrate_length: int = 512
-    score_tokens: int = 4096
-    score_length: int = 1024
-    resident_tokens: int = 4096
+    calibrate_tokens: Count = 8192
+    calibrate_length: Length = 512
+    score_tokens: Count = 2048
+    score_length: Length = 1024
+    resident_tokens: Count = 4096
     prompt: str = PROMPT
-    answer_budget: float = 0.5
-    answer_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        for budget in (*self.budgets, self.answer_budget):
-            check_budget(budget)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise MatkvError(f"{field.name} {value} must be at least 1")
+    answer_budget: Budget = 0.5
+    answer_tokens: Count = 64
 
 
-Curve = tuple[Artifact, Setting]  # one line of the plot
+Tell = Callable[[RenderableType], None]
 
 
-def demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
+def demo(
+    out: Path, config: DemoConfig | None = None, tell: Tell = console.out.print
+) -> dict[str, Any]:
     """Calibrate, distill and allocate, compress the cache, and measure.
 
-    Writes `out`/pca, `out`/calibrated, `out`/distilled and `out`/perplexity.png,
-    and returns what it measured.
+    Writes `out`/pca, `out`/calibrated, `out`/distilled, each with what was measured of it in its
+    results, and `out`/perplexity.png; returns what it measured. `tell` gets what is to be read.
     """
     config = config or DemoConfig()
     started = time.perf_counter()
-    note = " (converted once, about 20 s)" if config.model == DEFAULT_MODEL else ""
-    with console.status(f"loading {config.model}{note}"):
+    with _stage("loading"), console.status(f"loading {config.model}"):
         model, tokenizer = load_model(config.model)
     texts = data.read_texts(config.text, "train")
     held_out = data.read_texts(config.held_out, "validation")
-    artifacts = _calibrate(model, tokenizer, texts, config, out)
-    distilled = _distill(model, tokenizer, artifacts["calibrated"], texts, held_out, config)
-    distilled.save(out / "distilled")
-    distilled = _allocate(model, tokenizer, distilled, texts, config)
-    distilled.save(out / "distilled")
-    plain, near = Setting(uniform=True), Setting(uniform=True, recent=config.recent)
-    curves: dict[str, Curve] = {name: (artifact, plain) for name, artifact in artifacts.items()} | {
-        f"calibrated, {config.recent} exact": (artifacts["calibrated"], near),
-        f"distilled, {config.recent} exact": (distilled, near),
-        f"own ranks, {config.recent} exact": (distilled, replace(near, uniform=False)),
-    }
     windows_NT = data.text_windows(tokenizer, held_out, config.score_length, config.score_tokens)
-    rows = _evaluate(model, curves, windows_NT, config.budgets)
+    scores = Scores(out=out, model=model, tokenizer=tokenizer, windows_NT=windows_NT, config=config)
+    plain, near = Setting(uniform=True), Setting(uniform=True, recent=config.recent)
+    exact = f"{config.recent} exact"
+
+    with _stage("calibrating"):
+        artifacts = _calibrate(model, tokenizer, texts, config, out)
+    with _stage("scoring"):
+        for name, artifact in artifacts.items():
+            scores.add(name, name, artifact, plain)
+    tell("perplexity on held-out articles, with bases before training")
+    tell(_table(scores.rows))
+    with _stage("training"):
+        distilled = _distill(model, tokenizer, artifacts["calibrated"], texts, config)
+        distilled.save(out / MAIN)
+    with _stage("searching ranks"):
+        distilled = _allocate(model, tokenizer, distilled, texts, config)
+        distilled.save(out / MAIN)
+    with _stage("scoring"):
+        scores.add(f"calibrated, {exact}", "calibrated", artifacts["calibrated"], near)
+        scores.add(f"distilled, {exact}", MAIN, distilled, near)
+        scores.add(f"own ranks, {exact}", MAIN, distilled, replace(near, uniform=False))
+    with _stage("answering"), console.status("reading and answering"):
+        resident = _resident(model, distilled, tokenizer, held_out, config)
+        answers = _answers(model, tokenizer, distilled, config, out / MAIN)
+    for name, answer in answers.items():
+        tell(Text(f"\n{name}", style="bold").append(f": {answer}", style="not bold"))
     count = config.resident_tokens
-    tokens_T = data.text_windows(tokenizer, held_out, count, count)[0]
-    resident = _resident(model, distilled, tokens_T, config.budgets)
-    answers = _answers(model, tokenizer, distilled, config)
-    plot = _plot(rows, config, out / "perplexity.png")
+    tell(f"\nperplexity on held-out articles; MB that a cache holds at {count:,} tokens")
+    tell(_table(scores.rows, resident))
+    plot = _plot(scores.rows, config, out / "perplexity.png")
+    seconds = time.perf_counter() - started
+    tell(f"artifacts in {out}, plot in {plot}; {seconds:.0f} s in all")
+    tell(f"all of it on a page: matkv report {out / MAIN}")
     return {
         "artifacts": str(out),
-        "rows": {name: [row.to_json() for row in its_rows] for name, its_rows in rows.items()},
+        "rows": scores.rows,
         "resident_tokens": count,
         "resident_bytes": {str(budget): nbytes for budget, nbytes in resident.items()},
         "answers": answers,
         "plot": str(plot),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print what the demo measured."""
-    for name, answer in result["answers"].items():
-        console.out.print(Text(f"\n{name}", style="bold").append(f": {answer}", style="not bold"))
-    console.out.print()
-    console.out.print(_table(result))
-    where = f"artifacts in {result['artifacts']}, plot in {result['plot']}"
-    console.out.print(f"{where}; {result['seconds']:.0f} s in all")
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """A line when something is done, where no bar can be seen too."""
+    started = time.perf_counter()
+    yield
+    console.err.print(f"{name}: {time.perf_counter() - started:.0f} s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Perplexities of the held-out windows by curve, kept in the results of the runs in `out`."""
+
+    out: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    windows_NT: Tensor
+    config: DemoConfig
+    rows: dict[str, list[Record]] = field(default_factory=dict)
+
+    def add(self, curve: str, run: str, artifact: Artifact, way: Setting) -> None:
+        """A curve: the full cache, which is measured once, then every budget."""
+        for done in list(self.rows.values())[:1]:
+            full = done[0] | Setting().record(artifact, self.model.dtype)
+            Results(self.out / run, PERPLEXITY).put([full])
+        opened = Opened(
+            run=self.out / run,
+            artifact=artifact,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            way=way,
+            budgets=self.config.budgets,
+            again=False,
+            shown=False,
+        )
+        self.rows[curve] = measure_texts(opened, self.windows_NT, self.config.held_out)
 
 
 def _calibrate(
@@ -183,17 +225,13 @@ def _distill(
     tokenizer: PreTrainedTokenizerBase,
     start: Artifact,
     texts: list[str],
-    held_out: list[str],
     config: DemoConfig,
 ) -> Artifact:
     """A few minutes of training on the training articles."""
-    settings = replace(config.distill, recent=config.recent)
-    train_NT, probe_NT = (
-        data.text_windows(tokenizer, source, settings.sequence_length)
-        for source in (texts, held_out)
-    )
+    training = replace(config.distill, recent=config.recent)
+    train_NT = data.text_windows(tokenizer, texts, training.sequence_length)
     with training_progress() as update:
-        return distill(model, start, train_NT, settings, held_out=probe_NT[:2], on_progress=update)
+        return distill(model, start, train_NT, training, on_progress=update)
 
 
 def _allocate(
@@ -204,54 +242,27 @@ def _allocate(
     config: DemoConfig,
 ) -> Artifact:
     """Rank tables for the demo's budgets, searched on training articles."""
-    settings = replace(config.allocate, budgets=config.budgets)
-    tokens = settings.held_out_tokens + settings.expansions * settings.search_tokens
-    windows_NT = data.text_windows(tokenizer, texts, config.score_length, tokens)
+    search = replace(config.allocate, budgets=config.budgets)
+    tokens = search.held_out_tokens + search.expansions * search.search_tokens
+    windows_NT = data.text_windows(tokenizer, texts, search.search_tokens, tokens)
     with search_progress() as update:
-        return allocate(model, artifact, data.batches(windows_NT, 1), settings, on_progress=update)
-
-
-def _evaluate(
-    model: PreTrainedModel,
-    curves: dict[str, Curve],
-    windows_NT: Tensor,
-    budgets: tuple[float, ...],
-) -> dict[str, list[Row]]:
-    """Rows of every curve; the full cache is scored once and heads each list."""
-    rows: dict[str, list[Row]] = {}
-    total = windows_NT.numel() * (len(curves) * len(budgets) + 1)
-    with token_progress("scoring held-out articles", total) as update:
-        done = 0
-        for name, (artifact, way) in curves.items():
-            first = not rows
-            passes = [None, *budgets] if first else list(budgets)
-            rows[name] = evaluate(
-                model,
-                artifact,
-                windows_NT,
-                budgets,
-                uniform=way.uniform,
-                recent=way.recent,
-                full_cache=first,
-                on_progress=lambda at, tokens, passes=passes, done=done: update(  # type: ignore[misc]
-                    done + passes.index(at) * windows_NT.numel() + tokens
-                ),
-            )
-            done += windows_NT.numel() * len(passes)
-    full = next(iter(rows.values()))[0]
-    return {name: its if its[0].budget is None else [full, *its] for name, its in rows.items()}
+        return allocate(model, artifact, data.batches(windows_NT, 1), search, on_progress=update)
 
 
 def _resident(
-    model: PreTrainedModel, artifact: Artifact, tokens_T: Tensor, budgets: tuple[float, ...]
+    model: PreTrainedModel,
+    artifact: Artifact,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[str],
+    config: DemoConfig,
 ) -> dict[float | None, int]:
-    """Measured bytes of the cache's storages after reading `tokens_T`, by budget."""
-    with console.status(f"reading {tokens_T.numel():,} tokens"):
-        states = full_states(model, tokens_T)
+    """Measured bytes of the cache's storages after reading `resident_tokens`, by budget."""
+    count = config.resident_tokens
+    states = full_states(model, data.text_windows(tokenizer, held_out, count, count)[0])
     resident: dict[float | None, int] = {None: storage_nbytes(refill(model, states))}
-    for budget in budgets:
-        resident[budget] = storage_nbytes(refill(attach(model, artifact, budget), states))
-    detach(model)
+    for budget in config.budgets:
+        with attached(model, artifact, budget):
+            resident[budget] = storage_nbytes(refill(model, states))
     return resident
 
 
@@ -260,51 +271,41 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     artifact: Artifact,
     config: DemoConfig,
+    run: Path,
 ) -> dict[str, str]:
     """The model's answer to one prompt with the full and with a compressed cache."""
-    chat = [{"role": "user", "content": config.prompt}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    input_ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
-    answers = {"prompt": config.prompt}
-    for name in ("full cache", f"{config.answer_budget:.0%} of the cache"):
-        if name != "full cache":
-            attach(model, artifact, config.answer_budget)
-        with console.status(f"answering with {name}"):
-            output = model.generate(  # type: ignore[operator]
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=config.answer_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        new = output[0, input_ids.shape[1] :]
-        answers[name] = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-    detach(model)
-    return answers
+    rows = sample_texts(
+        model,
+        tokenizer,
+        artifact,
+        [Setting(), Setting(budget=config.answer_budget)],
+        Results(run, SAMPLES),
+        [config.prompt],
+        max_new_tokens=config.answer_tokens,
+    )
+    names = ("full cache", f"{config.answer_budget:.0%} of the cache")
+    texts = {name: row["text"].strip() for name, row in zip(names, rows, strict=True)}
+    return {"prompt": config.prompt} | texts
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _table(rows: dict[str, list[Record]], resident: dict[float | None, int] | None = None) -> Table:
     """Perplexities by budget, and the measured bytes of a cache."""
-    count, rows = result["resident_tokens"], result["rows"]
-    title = f"perplexity on held-out articles; MB that a cache holds at {count:,} tokens"
-    table = Table(title=title, title_justify="left")
-    for name in ("budget", "MB", *rows):
+    table = Table()
+    for name in ("budget", *(["MB"] if resident else []), *rows):
         table.add_column(name, justify="right")
     for ways in zip(*rows.values(), strict=True):
         budget = ways[0]["budget"]
-        table.add_row(
-            "full" if budget is None else f"{budget:.1%}",
-            f"{result['resident_bytes'][str(budget)] / 1e6:.1f}",
-            *(f"{way['perplexity']:.1f}" for way in ways),
-        )
+        held = [f"{resident[budget] / 1e6:.1f}"] if resident else []
+        values = (f"{way['perplexity']:.1f}" for way in ways)
+        table.add_row("full" if budget is None else f"{budget:.1%}", *held, *values)
     return table
 
 
-def _plot(rows: dict[str, list[Row]], config: DemoConfig, path: Path) -> Path:
-    full = next(iter(rows.values()))[0].perplexity
+def _plot(rows: dict[str, list[Record]], config: DemoConfig, path: Path) -> Path:
+    full = next(iter(rows.values()))[0]["perplexity"]
     drawn = []
     for style, (name, its_rows) in enumerate(rows.items()):
-        points = [(row.budget, row.perplexity) for row in its_rows if row.budget is not None]
+        points = [(row["budget"], row["perplexity"]) for row in its_rows if row["budget"]]
         labels = [amount(value) for _, value in points]
         drawn.append(Line(label=name, points=points, labels=labels, style=style))
     title = f"{config.title}, held-out articles, {config.score_tokens:,} tokens"
@@ -319,8 +320,7 @@ def demo_command(
     as_json: JsonOpt = False,
 ) -> None:
     """Run the main job on the default model: calibrate, compress, generate, measure."""
-    result = demo(out)
     if as_json:
-        console.print_json(result)
+        console.print_json(demo(out, tell=lambda _: None))
     else:
-        show(result)
+        demo(out)
