@@ -15,7 +15,8 @@ import matkv
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.errors import DataError, MatkvError, RankError, UnsupportedModelError
 from matkv.hf.geometry import attention_modules
-from matkv.hf.observe import Progress, collect_moments, observe
+from matkv.hf.observe import collect_moments, observe
+from matkv.progress import Progress
 from matkv.ranks import SIDES
 from tiny import COMMON, Tiny, from_config, largest_difference, left_padded, tokens
 
@@ -143,7 +144,7 @@ def test_moments_collected_once_serve_every_kind_of_basis(llama: Tiny) -> None:
 def test_progress_counts_tokens_and_time(llama: Tiny) -> None:
     seen: list[Progress] = []
     matkv.calibrate(llama.model, [tokens(2, 8), tokens(1, 5)], on_progress=seen.append)
-    assert [step.tokens for step in seen] == [16, 21]
+    assert [(at.done, at.unit) for at in seen] == [(16, "tokens"), (21, "tokens")]
     assert 0 < seen[0].seconds < seen[1].seconds
 
 

@@ -18,13 +18,13 @@ from matkv.bases import moments
 from matkv.bases.maps import SideBases
 from matkv.bases.moments import KeyBasis, LayerMoments, ValueBasis
 from matkv.errors import RankError
+from matkv.progress import OnProgress
 from matkv.settings import Number, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from matkv.data.batch import Tokens
-    from matkv.hf.observe import OnProgress
 
 
 @settings(RankError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -18,24 +19,45 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where training stands.
+    """Where a stage stands: `done` of `total` units, None where only the clock ends it.
 
-    `loss` is the mean over the steps since the last report; `probes` the loss on held-out text by
-    budget, measured now and then. Seconds count from the start of the stage.
+    Seconds count from the start of the stage; `seconds_left` is its own guess, where it has one.
+    `note` says what is under way; `figures` are numbers by name, such as the loss; `probes` the
+    loss on held-out text by budget, measured now and then.
     """
 
     stage: str
-    step: int
-    steps: int | None
-    loss: float
-    tokens: int
+    done: int
+    total: int | None
+    unit: str
     seconds: float
-    seconds_left: float | None
+    seconds_left: float | None = None
+    note: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
     probes: dict[float, float] = field(default_factory=dict)
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+
+OnProgress = Callable[[Progress], None]
+
+
+class Report:
+    """Tells a listener where a stage stands; silent where nobody listens."""
+
+    def __init__(
+        self, listener: OnProgress | None, stage: str, total: int | None, unit: str = "tokens"
+    ) -> None:
+        self.listener, self.stage, self.total, self.unit = listener, stage, total, unit
+        self.started = time.perf_counter()
+
+    def __call__(self, done: int, note: str = "", **more: Any) -> None:
+        if self.listener is not None:
+            more.setdefault("seconds", time.perf_counter() - self.started)
+            where: dict[str, Any] = {"stage": self.stage, "total": self.total, "unit": self.unit}
+            self.listener(Progress(**where, done=done, note=note, **more))
+
+    def part(self, done: int, note: str = "") -> OnProgress:
+        """A listener for a part that begins when `done` units are over."""
+        return lambda at: self(done + at.done, note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +93,6 @@ class Spent:
     def from_json(cls, data: dict[str, Any]) -> Spent:
         curve = tuple(CurvePoint.from_json(point) for point in data.get("curve", ()))
         return cls(data["steps"], data["tokens"], 60 * data["minutes"], curve)
-
-
-OnProgress = Callable[[Progress], None]
 
 
 class Interrupt:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from matkv.allocate.config import AllocateConfig, Constraints
-from matkv.allocate.rounds import Progress
 from matkv.allocate.stage import allocate
+from matkv.progress import Progress
 from matkv.ranks import RankTable
 from searches import BATCHES, SMALL, attached_kl
 from tiny import Tiny

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from matkv.allocate.config import AllocateConfig
-from matkv.allocate.rounds import Progress
 from matkv.allocate.stage import allocate
 from matkv.errors import MatkvError
+from matkv.progress import Progress
 from searches import BATCHES, FISHER, GREEDY, SMALL
 from tiny import Tiny
 
@@ -24,7 +24,7 @@ def test_a_search_goes_on_where_it_was_cut_off(
     state = tmp_path / "state.jsonl"
 
     def interrupt(progress: Progress) -> None:
-        if progress.rounds == 2:
+        if progress.done == 2:
             raise KeyboardInterrupt
 
     with caplog.at_level(logging.WARNING):
@@ -44,7 +44,7 @@ def test_a_search_goes_on_where_it_was_cut_off(
         llama.model, llama.artifact, BATCHES, config, state=state, on_progress=rest.append
     )
     assert resumed.tables == expected.tables
-    assert [one.rounds for one in rest] == [one.rounds for one in whole][2:]
+    assert [at.done for at in rest] == [at.done for at in whole][2:]
 
 
 def test_the_state_of_another_search_is_refused(llama: Tiny, tmp_path: Path) -> None:

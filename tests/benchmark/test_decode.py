@@ -106,9 +106,12 @@ def rows() -> list[dict[str, Any]]:
     config = BenchmarkConfig(
         contexts=(16, 70), batches=(1, 2), budgets=(1.0, 0.5), steps=2, first_token_context=20
     )
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int | None]] = []
     found = benchmark(
-        subject.model, subject.artifact, config, on_progress=lambda *at: seen.append(at)
+        subject.model,
+        subject.artifact,
+        config,
+        on_progress=lambda at: seen.append((at.done, at.total)),
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     return [row.to_json() for row in found]

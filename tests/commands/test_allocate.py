@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from matkv.allocate.rounds import Progress
 from matkv.artifact.artifact import Artifact
+from matkv.progress import Progress
 from program import Program, Word
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -28,14 +28,14 @@ def interrupt_after(rounds: int, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when the search reports a round."""
 
     @contextmanager
-    def line() -> Iterator[Callable[[Progress], None]]:
+    def line(label: str) -> Iterator[Callable[[Progress], None]]:
         def update(at: Progress) -> None:
-            if at.rounds == rounds:
+            if at.done == rounds:
                 raise KeyboardInterrupt
 
         yield update
 
-    patch.setattr("matkv.commands.allocate.search_progress", line)
+    patch.setattr("matkv.commands.allocate.progress_bar", line)
 
 
 def state_of(run: Path) -> Path:
@@ -140,10 +140,10 @@ def follow(seen: list[int], patch: pytest.MonkeyPatch) -> None:
     """Note the rounds that the search reports."""
 
     @contextmanager
-    def line() -> Iterator[Callable[[Progress], None]]:
-        yield lambda at: seen.append(at.rounds)
+    def line(label: str) -> Iterator[Callable[[Progress], None]]:
+        yield lambda at: seen.append(at.done)
 
-    patch.setattr("matkv.commands.allocate.search_progress", line)
+    patch.setattr("matkv.commands.allocate.progress_bar", line)
 
 
 def test_the_state_of_another_search_is_refused(

@@ -45,14 +45,14 @@ def press_at(step: int, patch: pytest.MonkeyPatch, stage: str = "end-to-end") ->
     """Ctrl-C when a stage reports a step."""
 
     @contextmanager
-    def line() -> Iterator[Callable[[Progress], None]]:
+    def line(label: str) -> Iterator[Callable[[Progress], None]]:
         def update(at: Progress) -> None:
-            if at.stage == stage and at.step == step:
+            if at.stage == stage and at.done == step:
                 signal.raise_signal(signal.SIGINT)
 
         yield update
 
-    patch.setattr("matkv.commands.distill.training_progress", line)
+    patch.setattr("matkv.commands.distill.progress_bar", line)
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -222,11 +222,11 @@ def test_progress_and_losses_are_numbers(
     seen: list[Progress] = []
 
     @contextmanager
-    def line() -> Iterator[Callable[[Progress], None]]:
+    def line(label: str) -> Iterator[Callable[[Progress], None]]:
         yield seen.append
 
-    monkeypatch.setattr("matkv.commands.distill.training_progress", line)
+    monkeypatch.setattr("matkv.commands.distill.progress_bar", line)
     assert matkv(*asked).code == 0
-    assert [at.step for at in seen] == [1, 2, 3, 4, 5, 6]
-    assert all(math.isfinite(at.loss) and at.loss > 0 for at in seen)
-    assert seen[-1].tokens == 6 * 2 * 32
+    assert [at.done for at in seen] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(loss) and loss > 0 for loss in (at.figures["loss"] for at in seen))
+    assert seen[-1].figures["tokens"] == 6 * 2 * 32

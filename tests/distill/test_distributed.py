@@ -35,7 +35,7 @@ def learn(folder: Path) -> Found:
     subject, losses = tiny("llama"), []
 
     def keep(progress: Progress) -> None:
-        losses.append(progress.loss)
+        losses.append(progress.figures["loss"])
 
     config = DistillConfig(
         objective="both",

@@ -31,7 +31,7 @@ def test_resume_after_a_kill_is_exact(llama: Tiny, tmp_path: Path, changes: dict
     whole = distill(llama.model, llama.artifact, text(), config)
 
     def kill(progress: Progress) -> None:
-        if progress.stage == "end-to-end" and progress.step == 5:
+        if progress.stage == "end-to-end" and progress.done == 5:
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
@@ -47,7 +47,7 @@ def test_resume_after_a_kill_is_exact(llama: Tiny, tmp_path: Path, changes: dict
         config,
         checkpoints=tmp_path,
         resume=True,
-        on_progress=lambda progress: steps.append(progress.step),
+        on_progress=lambda progress: steps.append(progress.done),
     )
     assert steps == [4, 5, 6]
     assert same_bases(rest, whole)
@@ -68,7 +68,7 @@ def test_a_first_ctrl_c_saves_and_ends(llama: Tiny, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
 
     def press(progress: Progress) -> None:
-        if progress.step == 2:
+        if progress.done == 2:
             signal.raise_signal(signal.SIGINT)
 
     made = distill(
@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
     model = copy.deepcopy(llama.model)
 
     def poison(progress: Progress) -> None:
-        if progress.step == 4:
+        if progress.done == 4:
             model.get_output_embeddings().weight.data.fill_(math.nan)
 
     with pytest.raises(TrainingError, match="nan at step 5"):
@@ -112,7 +112,7 @@ def test_probes_report_the_loss_at_three_budgets(llama: Tiny) -> None:
         held_out=text(2),
         on_progress=reports.append,
     )
-    assert [report.step for report in reports if report.probes] == [3, 6]
+    assert [report.done for report in reports if report.probes] == [3, 6]
     probes = reports[-1].probes
     assert list(probes) == [0.75, 0.5, 0.25]
     assert 0 < probes[0.75] < probes[0.5] < probes[0.25]
@@ -122,7 +122,7 @@ def test_the_curve_of_probes_survives_a_kill(llama: Tiny, tmp_path: Path) -> Non
     config = quick(probe_every=2, probe_budgets=(1.0, 0.5))
 
     def kill(progress: Progress) -> None:
-        if progress.step == 5:
+        if progress.done == 5:
             raise RuntimeError("killed")
 
     train = (llama.model, llama.artifact, text(), config)

@@ -42,7 +42,7 @@ def test_the_loss_falls(llama: Tiny, objective: str, recent: int) -> None:
     stages = ["local", "end-to-end"] if objective == "both" else [objective]
     assert [*dict.fromkeys(report.stage for report in reports)] == stages
     assert list(made.history[-1]["stages"]) == stages
-    assert reports[-1].step == 30
+    assert reports[-1].done == 30
     assert reports[-1].seconds_left == pytest.approx(0, abs=1e-6)
 
 

@@ -186,7 +186,7 @@ def test_rows_name_what_was_measured(subject: Tiny, tokenizer: Any, tmp_path: Pa
         caches(0.5, sink=2),
         CONFIG,
         store(tmp_path),
-        on_progress=seen.append,
+        on_progress=lambda at: seen.append(at.done),
     )
     assert [(row["budget"], row["test"], row["sink"]) for row in rows] == [
         (None, "needle", None),
@@ -311,7 +311,7 @@ def by_position(subject: Tiny, run: Path | None = None, **options: Any) -> list[
 
 def test_positions_recombine_to_the_perplexity_of_all(subject: Tiny) -> None:
     seen: list[int] = []
-    rows = by_position(subject, on_progress=seen.append)
+    rows = by_position(subject, on_progress=lambda at: seen.append(at.done))
     assert [(row["start"], row["end"]) for row in rows[:3]] == [(0, 64), (64, 128), (128, 150)]
     assert [row["tokens"] for row in rows[:3]] == [3 * 63, 3 * 64, 3 * 22]
     for budget in (None, 1.0, 0.25):

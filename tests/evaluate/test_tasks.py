@@ -21,8 +21,9 @@ from matkv.data.task_items import load_tasks
 from matkv.errors import BudgetError, DataError
 from matkv.evaluate.lm_eval_model import LoadedLM
 from matkv.evaluate.scores import accuracy
-from matkv.evaluate.tasks import TASKS, At, TaskConfig, score_tasks
+from matkv.evaluate.tasks import TASKS, TaskConfig, score_tasks
 from matkv.hf.attach import attachment_of
+from matkv.progress import Progress
 from matkv.ranks import RankTable
 from quiz import make_run, write_tasks
 
@@ -43,7 +44,7 @@ class Scorer:
     def __init__(self, made: tuple[Any, Any, Artifact], folder: Path, run: Path) -> None:
         self.model, self.tokenizer, self.artifact = made
         self.folder, self.run = folder, run
-        self.seen: list[At] = []
+        self.seen: list[Progress] = []
 
     def __call__(
         self,
@@ -69,7 +70,11 @@ class Scorer:
 
     @property
     def measured(self) -> list[tuple[float | None, str]]:
-        return list(dict.fromkeys((at.budget, at.task) for at in self.seen))
+        """Budget and task of what was reported."""
+        notes = dict.fromkeys(tuple(at.note.split(" · ")) for at in self.seen)
+        return [
+            (None if name == "full cache" else float(name[:-1]) / 100, task) for task, name in notes
+        ]
 
 
 @pytest.fixture

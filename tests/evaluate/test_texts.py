@@ -36,13 +36,13 @@ def test_perplexity_in_blocks_is_the_same(llama: Tiny, monkeypatch: pytest.Monke
 
 
 def test_rows_hold_bytes_and_leave_the_model_detached(llama: Tiny) -> None:
-    seen: list[tuple[float | None, int]] = []
+    seen: list[tuple[str, int, int | None]] = []
     rows = evaluate(
         llama.model,
         llama.artifact,
         tokens(2, 24),
         [1.0, 0.5],
-        on_progress=lambda budget, done: seen.append((budget, done)),
+        on_progress=lambda at: seen.append((at.note, at.done, at.total)),
     )
     full = RankTable.full(llama.geometry).bytes_per_token(torch.float32)
     assert [row.budget for row in rows] == [None, 1.0, 0.5]
@@ -50,7 +50,8 @@ def test_rows_hold_bytes_and_leave_the_model_detached(llama: Tiny) -> None:
     assert rows[1].perplexity == pytest.approx(rows[0].perplexity, rel=1e-5)
     assert rows[2].perplexity != pytest.approx(rows[0].perplexity, rel=1e-5)
     assert attachment_of(llama.model) is None
-    assert seen == [(None, 24), (None, 48), (1.0, 24), (1.0, 48), (0.5, 24), (0.5, 48)]
+    names = [name for name in ("full cache", "100.0%", "50.0%") for _ in range(2)]
+    assert seen == [(name, 24 * (done + 1), 6 * 24) for done, name in enumerate(names)]
 
 
 def test_tokens_kept_exact_count_as_held(llama: Tiny) -> None:

@@ -10,9 +10,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -34,30 +34,12 @@ from matkv.hf.geometry import attention_modules
 from matkv.hf.handlers import truncating
 from matkv.hf.merge import merged
 from matkv.hf.wrappers import device_of
-from matkv.progress import Interrupt
+from matkv.progress import Interrupt, OnProgress, Report
 from matkv.ranks import SIDES, RankTable
 
 # Settings that do not change a search's path.
 UNSEEN = ("budgets", "max_kl", "max_perplexity_increase", "held_out_tokens", "batched", "blend")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a search stands after a round.
-
-    `budget` is what the round reached, `kl` the KL in nats a token where it started; `seconds_left`
-    is a guess from the rounds so far.
-    """
-
-    rounds: int
-    budget: float
-    kl: float
-    seconds: float
-    seconds_left: float
-
-
-OnProgress = Callable[[Progress], None]
 
 
 class Rounds:
@@ -83,16 +65,17 @@ class Rounds:
             return uniform_descent(path.space), False
         rounds = SearchState(Path(state) if state is not None else None, self._digest())
         path = path.extended(rounds.drops)
-        begun, started = path.table().budget, time.perf_counter()
+        begun = path.table().budget
+        tell = Report(on_progress, "searching", None, "rounds")
 
         def report(budget: float, kl: float) -> None:
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - tell.started
             # Rounds of greedy are equal steps, those of fisher equal relative steps.
             scale = float if self.config.method == "greedy" else math.log
             now = max(budget, lowest)
             left = seconds * (scale(now) - scale(lowest)) / (scale(begun) - scale(now))
-            if on_progress is not None:
-                on_progress(Progress(len(rounds.rounds), budget, kl, seconds, left))
+            note, figures = f"budget {budget:.1%} · KL {kl:.3f}", {"budget": budget, "kl": kl}
+            tell(len(rounds.rounds), note, seconds=seconds, seconds_left=left, figures=figures)
 
         with Interrupt() as interrupt:
             while (now := path.table().budget) > lowest + TINY:

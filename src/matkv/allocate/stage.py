@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.descent import Descent
 from matkv.allocate.divergence import Text, logits_nbytes, take_text
-from matkv.allocate.rounds import OnProgress, Rounds
+from matkv.allocate.rounds import Rounds
 from matkv.allocate.space import TINY, Space
 from matkv.allocate.verify import Verifier, own_budget
 from matkv.artifact.artifact import Artifact
@@ -35,6 +35,7 @@ from matkv.errors import DataError
 from matkv.hf.geometry import geometry_of
 from matkv.hf.memory import check_fits
 from matkv.hf.weights import fingerprint
+from matkv.progress import OnProgress
 from matkv.ranks import RankTable
 
 EIGHTHS = tuple(eighth / 8 for eighth in range(7, 0, -1))

@@ -20,6 +20,11 @@ CACHE_KEYS = ("artifact", "ranks", "budget", "sink", "recent", "dtype")
 FULL: Record = dict.fromkeys(("ranks", "budget", "uniform", "sink", "recent"))
 
 
+def budget_name(budget: float | None) -> str:
+    """A budget as tables and notes show it."""
+    return "full cache" if budget is None else f"{budget:.1%}"
+
+
 @settings(RankError)
 class Setting:
     """A cache at a budget, None for the full one.

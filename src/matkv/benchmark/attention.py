@@ -17,8 +17,9 @@ from torch import Tensor
 
 from matkv.attention.latent import attend
 from matkv.bases.maps import Maps
-from matkv.benchmark.timing import Spread, check_room, take_turns, thread_count
+from matkv.benchmark.timing import Spread, take_turns, thread_count
 from matkv.errors import BudgetError, RankError
+from matkv.hf.memory import check_fits
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import Budget, LayerRanks, default_step
@@ -67,7 +68,9 @@ def attention_benchmark(case: AttentionCase) -> dict[str, Any]:
     """
     numbers = 2 * case.batch * case.kv_heads * case.context * case.head_dim
     nbytes = 2 * numbers * case.dtype.itemsize
-    check_room(nbytes, case.device, f"context {case.context:,} times batch {case.batch:,}")
+    check_fits(
+        nbytes, torch.device(case.device), f"context {case.context:,} times batch {case.batch:,}"
+    )
     generator = torch.Generator().manual_seed(case.seed)
     key_ranks, value_ranks = (
         ragged_ranks(case.kv_heads, case.head_dim, case.budget, generator) for _ in range(2)

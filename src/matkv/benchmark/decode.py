@@ -27,12 +27,14 @@ from transformers import (
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.results import Kind
 from matkv.artifact.setting import CACHE_KEYS, Setting
-from matkv.benchmark.timing import Spread, check_room, take_turns, thread_count, transient_bytes
+from matkv.benchmark.timing import Spread, take_turns, thread_count, transient_bytes
 from matkv.cache.cache import LatentCache, storage_nbytes
 from matkv.cache.naming import cache_argument
 from matkv.errors import MatkvError
 from matkv.hf.attach import attach, detach
 from matkv.hf.geometry import geometry_of
+from matkv.hf.memory import check_fits
+from matkv.progress import OnProgress, Report
 from matkv.ranks import Budget, RankTable
 from matkv.settings import Count, Few, Many, Number, Seed, settings
 
@@ -125,11 +127,9 @@ def benchmark(
     artifact: Artifact,
     config: BenchmarkConfig,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[BenchmarkRow]:
     """Measure full caches and every budget; the model is left detached.
-
-    `on_progress` gets the numbers of situations done and of all.
 
     Raises:
         BudgetError, FingerprintError: see `attach`.
@@ -137,12 +137,12 @@ def benchmark(
     detach(model)
     candidates = list(_candidates(model, artifact, config))
     situations = [(context, batch) for context in config.contexts for batch in config.batches]
+    report = Report(on_progress, "benchmark", len(situations), "situations")
     rows: list[BenchmarkRow] = []
     with thread_count(config.threads):
         for done, (context, batch) in enumerate(situations, start=1):
             rows += _situation(candidates, config, context, batch)
-            if on_progress is not None:
-                on_progress(done, len(situations))
+            report(done, f"context {context:,} · batch {batch}")
     return rows
 
 
@@ -202,7 +202,7 @@ def _situation(
     room = context + config.steps + WARM_UP + 2
     nbytes = RankTable.full(geometry_of(plain.config)).nbytes(room, plain.dtype, batch=batch)
     held = round(nbytes * sum(candidate.kept for candidate in candidates))
-    check_room(held, plain.device, f"context {context:,} times batch {batch:,}")
+    check_fits(held, plain.device, f"context {context:,} times batch {batch:,}")
     caches = {c.name: c.new_cache(room) for c in candidates}
     generator = torch.Generator().manual_seed(config.seed)
     _fill(list(caches.values()), plain, batch, context, generator)

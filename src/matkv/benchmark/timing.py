@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from matkv.errors import MatkvError
 
 
 @dataclass(frozen=True)
@@ -85,23 +82,6 @@ def transient_bytes(work: Callable[[], object], device: torch.device | str = "cp
         return 1024 * max(0, _kilobytes("VmHWM") - resident)
     except OSError:
         return None
-
-
-def check_room(nbytes: int, device: torch.device | str, what: str) -> None:
-    """Make sure that a measurement fits, before the system ends the process for it.
-
-    Raises:
-        MatkvError: `what` takes more bytes than the device or the machine has.
-    """
-    if torch.device(device).type == "cuda":
-        _, room = torch.cuda.mem_get_info(device)
-    else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if nbytes > room:
-        raise MatkvError(
-            f"{what} takes {nbytes:,} bytes, more than the {room:,} of {device}: take a shorter "
-            "context or a smaller batch"
-        )
 
 
 def _kilobytes(name: str) -> int:

@@ -17,7 +17,7 @@ from matkv.allocate.stage import allocate
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.storage import check_target
 from matkv.commands import console
-from matkv.commands.bars import search_progress
+from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import from_fields
 from matkv.commands.options import JsonOpt, Loading, OutOpt, RunArg, TextOpt
 from matkv.commands.tables import heatmap, tables_table
@@ -55,7 +55,7 @@ def allocate_command(
     solved = training_texts(tasks.split(","), tasks_dir) if tasks is not None else None
     batches = _search_batches(tokenizer, data.read_texts(text, "train"), solved, length, config)
     state = target.with_name(f".{target.name}.allocate.jsonl")
-    with search_progress() as update:
+    with progress_bar("searching") as update:
         found = allocate(model, artifact, batches, config, state=state, on_progress=update)
     found.save(target)
     entry = found.history[-1]

@@ -1,91 +1,88 @@
-"""Progress on the terminal: bars over tokens, lines that follow a stage."""
+"""Progress of a stage: a bar on a terminal, a line now and then in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
 
-from matkv import progress as training
-from matkv.allocate.rounds import Progress as SearchProgress
-from matkv.commands.console import err
-from matkv.commands.tables import budget_name
+from matkv.commands import console
+from matkv.progress import OnProgress, Progress
+
+EVERY = 30  # seconds from one line of a file to the next
 
 
-class _Rate(ProgressColumn):
-    """Tokens a second."""
+class _Told(ProgressColumn):
+    """What the stage says of itself."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} tokens/s", style="cyan")
+        return Text(task.fields["told"], style="cyan")
 
 
 @contextmanager
-def token_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` tokens with rate and time left; yields a setter of the tokens done."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
-        progress.update(task, completed=total)
+def progress_bar(label: str, total: int | None = None) -> Iterator[OnProgress]:
+    """Follow a stage called `label`; `total` units where the stage itself does not know.
 
+    Off a terminal a line is printed every half minute. Losses on held-out text stay as lines.
+    """
+    err = console.err
+    follow = _drawn(err, label, total) if err.is_terminal else _written(err, label, total)
+    with follow as update:
 
-@contextmanager
-def training_progress() -> Iterator[Callable[[training.Progress], None]]:
-    """A line that follows a training: stage, step, loss, held-out losses, rate and time left."""
-    with err.status("training: getting ready") as status:
-
-        def update(at: training.Progress) -> None:
-            steps = f"{at.step}" if at.steps is None else f"{at.step}/{at.steps}"
-            parts = [f"{at.stage} {steps}", f"loss {at.loss:.3f}"]
-            parts.append(f"{at.tokens_per_second:,.0f} tokens/s")
-            if at.seconds_left is not None:
-                parts.append(f"{_clock(at.seconds_left)} left")
-            status.update(" · ".join(parts))
+        def listen(at: Progress) -> None:
+            update(at)
             if at.probes:
                 probes = ", ".join(f"{loss:.3f} at {b:.1%}" for b, loss in at.probes.items())
-                err.print(f"{at.stage} {steps}, held-out loss {probes}")
+                err.print(f"{at.stage} {_count(at, at.total)}, held-out loss {probes}")
+
+        yield listen
+
+
+@contextmanager
+def _drawn(err: Console, label: str, total: int | None) -> Iterator[OnProgress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn())
+    with Bars(*columns, _Told(), console=err) as bars:
+        task = bars.add_task(label, total=total, told="getting ready")
+
+        def update(at: Progress) -> None:
+            most = at.total or total
+            bars.update(task, completed=at.done, total=most, told=told(at, most))
 
         yield update
 
 
 @contextmanager
-def search_progress() -> Iterator[Callable[[SearchProgress], None]]:
-    """A line that follows a search: rounds, the budget and KL reached, and time left."""
-    with err.status("searching: getting ready") as status:
-        yield lambda at: status.update(
-            f"round {at.rounds} · budget {at.budget:.1%} · KL {at.kl:.3f} · "
-            f"{_clock(at.seconds_left)} left"
-        )
+def _written(err: Console, label: str, total: int | None) -> Iterator[OnProgress]:
+    last = time.monotonic()
+
+    def update(at: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            err.print(f"{label}: {told(at, at.total or total)}", soft_wrap=True)
+
+    yield update
 
 
-@contextmanager
-def task_progress() -> Iterator[Callable[[str, float | None, int, int], None]]:
-    """A line that follows the scoring of tasks: task, budget, requests answered of how many."""
-    with err.status("tasks: getting ready") as status:
-        yield lambda task, budget, done, total: status.update(
-            f"{task} · {budget_name(budget)} · {done}/{total} requests"
-        )
+def told(at: Progress, total: int | None) -> str:
+    """Where a stage stands in a line: what is done, its rate, the time left, its note."""
+    tokens = at.done if at.unit == "tokens" else at.figures.get("tokens")
+    left = at.seconds_left
+    if left is None and total and at.done:
+        left = at.seconds / at.done * (total - at.done)
+    parts = [
+        f"{_count(at, total)} {at.unit}",
+        f"{tokens / at.seconds:,.0f} tokens/s" if tokens and at.seconds > 0 else "",
+        f"{int(left) // 60}:{int(left) % 60:02d} left" if left is not None else "",
+        at.note,
+    ]
+    return " · ".join(part for part in parts if part)
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def _count(at: Progress, total: int | None) -> str:
+    return f"{at.done:,}" if total is None else f"{at.done:,}/{total:,}"

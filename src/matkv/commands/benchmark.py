@@ -16,7 +16,7 @@ from matkv.artifact.setting import Setting
 from matkv.benchmark.decode import BENCHMARK, BenchmarkConfig, BenchmarkRow, benchmark, random_model
 from matkv.calibrate import calibrate
 from matkv.commands import console
-from matkv.commands.bars import token_progress
+from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import from_fields
 from matkv.commands.options import JsonOpt, Loading
 from matkv.commands.tables import benchmark_table
@@ -54,8 +54,8 @@ def benchmark_command(
         artifact, model, _ = loading.open(run)
     else:
         raise MatkvError("benchmark needs RUN or --random-weights CONFIG")
-    with token_progress("benchmark", len(config.contexts) * len(config.batches)) as update:
-        rows = benchmark(model, artifact, config, on_progress=lambda done, _: update(done))
+    with progress_bar("benchmark") as update:
+        rows = benchmark(model, artifact, config, on_progress=update)
     records = [row.to_json() for row in rows]
     if run is not None:
         _keep(run, artifact, model.dtype, config, rows)

@@ -11,7 +11,7 @@ from matkv import data
 from matkv.artifact.storage import check_target
 from matkv.calibrate import CalibrateConfig, calibrate
 from matkv.commands import console
-from matkv.commands.bars import token_progress
+from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import from_fields
 from matkv.commands.options import JsonOpt, Loading, TextOpt
 
@@ -35,12 +35,12 @@ def calibrate_command(
     texts = data.read_texts(text, "train")
     model, tokenizer = loading.load(model_name)
     windows = data.text_windows(tokenizer, texts, length, tokens)
-    with token_progress("calibrating", windows.numel()) as update:
+    with progress_bar("calibrating", windows.numel()) as update:
         artifact = calibrate(
             model,
             data.batches(windows, batch_size),
             config,
-            on_progress=lambda progress: update(progress.tokens),
+            on_progress=update,
         )
     artifact.save(out)
     if as_json:

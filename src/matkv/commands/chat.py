@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from types import ModuleType
 
 from matkv.artifact.setting import Setting
@@ -12,7 +13,7 @@ from matkv.commands import console
 from matkv.commands.conversation import Conversation
 from matkv.commands.from_fields import from_fields
 from matkv.commands.memory import attach_setting, cache_use
-from matkv.commands.options import BudgetOpt, Loading, NewTokensOpt, RunArg, SeedOpt, TemperatureOpt
+from matkv.commands.options import BudgetOpt, Loading, NewTokensOpt, RunArg, Sampling
 from matkv.commands.tables import bytes_text
 from matkv.errors import MatkvError
 from matkv.ranks import RankTable
@@ -31,19 +32,16 @@ Ctrl-C stops an answer and keeps what it said. Lines pasted together are one mes
 def chat_command(
     run: RunArg,
     way: Setting,
+    sampling: Sampling,
     loading: Loading,
     budget: BudgetOpt = 0.5,
     max_new_tokens: NewTokensOpt = 512,
-    temperature: TemperatureOpt = 0.0,
-    seed: SeedOpt = 0,
 ) -> None:
     """Talk with the model; the compressed cache is kept from turn to turn. Ends with Ctrl-D."""
     setting = way.at(budget)
     artifact, model, tokenizer = loading.open(run)
     table = attach_setting(model, artifact, setting)
-    conversation = Conversation(
-        model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+    conversation = Conversation(model, tokenizer, max_new_tokens=max_new_tokens, **asdict(sampling))
     model_name = loading.model or artifact.base_model
     full = RankTable.full(table.geometry).bytes_per_token(model.dtype)
     _print_note(

@@ -26,7 +26,7 @@ from matkv.artifact.setting import Setting
 from matkv.cache.cache import full_states, refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.commands import console
-from matkv.commands.bars import search_progress, token_progress, training_progress
+from matkv.commands.bars import progress_bar
 from matkv.commands.evaluate import Opened, measure_texts
 from matkv.commands.options import JsonOpt
 from matkv.distill.config import DistillConfig
@@ -205,9 +205,9 @@ def _calibrate(
     """One pass over training articles gives both artifacts."""
     length, count = config.calibrate_length, config.calibrate_tokens
     windows_NT = data.text_windows(tokenizer, texts, length, count)
-    with token_progress("calibrating", windows_NT.numel()) as update:
+    with progress_bar("calibrating", windows_NT.numel()) as update:
         layers, tokens = collect_moments(
-            model, data.batches(windows_NT, 8), on_progress=lambda progress: update(progress.tokens)
+            model, data.batches(windows_NT, 8), on_progress=update
         )
     kinds = {
         "pca": CalibrateConfig(key="pca", value="pca"),
@@ -230,7 +230,7 @@ def _distill(
     """A few minutes of training on the training articles."""
     training = replace(config.distill, recent=config.recent)
     train_NT = data.text_windows(tokenizer, texts, training.sequence_length)
-    with training_progress() as update:
+    with progress_bar("training") as update:
         return distill(model, start, train_NT, training, on_progress=update)
 
 
@@ -245,7 +245,7 @@ def _allocate(
     search = replace(config.allocate, budgets=config.budgets)
     tokens = search.held_out_tokens + search.expansions * search.search_tokens
     windows_NT = data.text_windows(tokenizer, texts, search.search_tokens, tokens)
-    with search_progress() as update:
+    with progress_bar("searching") as update:
         return allocate(model, artifact, data.batches(windows_NT, 1), search, on_progress=update)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from matkv import data
 from matkv.artifact.storage import check_target
 from matkv.commands import console
-from matkv.commands.bars import training_progress
+from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import Given, from_fields
 from matkv.commands.options import JsonOpt, Loading, OutOpt, RunArg, TextOpt
 from matkv.data.chats import chat_examples, read_chats
@@ -53,7 +53,7 @@ def distill_command(
     checkpoints = target.with_name(f".{target.name}.checkpoints")
     in_place = target.resolve() == run.resolve()
     artifact = start_of(artifact, checkpoints, resume=resume, in_place=in_place)
-    with training_progress() as update:
+    with progress_bar("training") as update:
         trained = distill(
             model,
             artifact,

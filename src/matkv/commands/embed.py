@@ -18,9 +18,11 @@ from rich.text import Text
 from matkv.artifact.records import made, weights_digest
 from matkv.artifact.results import Kind, Results
 from matkv.commands import console
+from matkv.commands.bars import progress_bar
 from matkv.commands.options import DeviceOpt, JsonOpt, TrustOpt
 from matkv.errors import DataError, MatkvError
 from matkv.files import replacing
+from matkv.progress import Report
 
 if TYPE_CHECKING:  # the extra is imported when a command runs, so that --help needs none
     from sentence_transformers import SentenceTransformer
@@ -246,14 +248,14 @@ def _load(name: str, device: str | None, trust_remote_code: bool) -> SentenceTra
 
 
 @contextmanager
-def _training() -> Iterator[Any]:
-    """A line that follows a training: step, loss, and time left."""
-    with console.err.status("training: getting ready") as status:
+def _training() -> Iterator[Callable[[Step], None]]:
+    """A bar that follows a training: step, loss, and time left."""
+    with progress_bar("training") as follow:
 
         def update(at: Step) -> None:
-            loss = "" if at.loss != at.loss else f" · loss {at.loss:.3f}"
-            left = f"{int(at.seconds_left) // 60}:{int(at.seconds_left) % 60:02d}"
-            status.update(f"step {at.step}/{at.steps}{loss} · {left} left")
+            note = "" if at.loss != at.loss else f"loss {at.loss:.3f}"
+            report = Report(follow, "training", at.steps, "steps")
+            report(at.step, note, seconds=at.seconds, seconds_left=at.seconds_left)
 
         yield update
 

@@ -18,7 +18,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.artifact.results import Kind, Results
 from matkv.artifact.setting import Setting
 from matkv.commands import console
-from matkv.commands.bars import task_progress, token_progress
+from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import from_fields
 from matkv.commands.options import TEXT_HELP, JsonOpt, Loading, RunArg
 from matkv.commands.tables import evaluation_table, needle_table, positions_table, tasks_table
@@ -148,7 +148,7 @@ class Opened:
 def measure_texts(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
     """Perplexity rows of every setting."""
     settings, results = opened.settings, opened.results(PERPLEXITY)
-    with token_progress("evaluating", windows_NT.numel() * len(settings)) as update:
+    with progress_bar("evaluating") as update:
         rows = perplexity_rows(
             *opened.parts, windows_NT, _name(source), settings, results, on_progress=update
         )
@@ -163,7 +163,7 @@ def measure_texts(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
 def measure_positions(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
     """Perplexity rows of every setting by position in the window."""
     settings, results = opened.settings, opened.results(POSITIONS)
-    with token_progress("evaluating", windows_NT.numel() * len(settings)) as update:
+    with progress_bar("evaluating") as update:
         rows = positions(
             *opened.parts, windows_NT, _name(source), settings, results, on_progress=update
         )
@@ -173,7 +173,7 @@ def measure_positions(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
 
 def measure_tasks(opened: Opened, tasks: Sequence[LoadedTask], config: TaskConfig) -> Rows:
     """Accuracies of every setting, and their averages."""
-    with task_progress() as update:
+    with progress_bar("tasks") as update:
         scored = score_tasks(
             opened.model,
             opened.tokenizer,
@@ -182,7 +182,7 @@ def measure_tasks(opened: Opened, tasks: Sequence[LoadedTask], config: TaskConfi
             opened.settings,
             config,
             opened.results(TASKS),
-            on_progress=lambda at: update(at.task, at.budget, at.done, at.total),
+            on_progress=update,
         )
     rows = summarize(scored)
     count = "all items" if config.limit is None else f"up to {config.limit} items each"
@@ -199,7 +199,7 @@ def measure_needles(opened: Opened, config: NeedleConfig, seed: int, *, plain: b
         haystack=HaystackConfig(chat=chat, seed=seed),
     )
     settings = opened.settings
-    with token_progress("searching haystacks", config.tokens * len(settings)) as update:
+    with progress_bar("searching haystacks") as update:
         rows = needles(
             opened.model,
             opened.tokenizer,

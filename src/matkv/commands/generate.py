@@ -19,8 +19,6 @@ from matkv.commands.options import (
     Loading,
     NewTokensOpt,
     RunArg,
-    SeedOpt,
-    TemperatureOpt,
 )
 from matkv.evaluate.samples import chat_ids, generate
 
@@ -30,11 +28,10 @@ def generate_command(
     run: RunArg,
     prompt: Annotated[str, typer.Argument(help="what to say to the model")],
     way: Setting,
+    sampling: Sampling,
     loading: Loading,
     budget: BudgetOpt = 0.5,
     max_new_tokens: NewTokensOpt = 128,
-    temperature: TemperatureOpt = 0.0,
-    seed: SeedOpt = 0,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template")] = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -48,9 +45,7 @@ def generate_command(
     streamer = (
         None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     )
-    answer = generate(
-        model, tokenizer, ids, cache, streamer, max_new_tokens, temperature=temperature, seed=seed
-    )
+    answer = generate(model, tokenizer, ids, cache, streamer, max_new_tokens, **asdict(sampling))
     use = cache_use(model, cache)
     if as_json:
         text = tokenizer.decode(answer, skip_special_tokens=True)

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Allocated, entries
+from matkv.artifact.setting import budget_name
 from matkv.commands import console
 from matkv.commands.options import JsonOpt, RunArg
-from matkv.commands.tables import budget_name, energy_picture
+from matkv.commands.tables import energy_picture
 from matkv.ranks import SIDES, Geometry
 
 EnergyOpt = Annotated[bool, typer.Option("--energy", help="draw each layer's energy as well")]

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv.artifact.artifact import Artifact
 from matkv.commands import console
-from matkv.errors import ModelError
+from matkv.errors import MatkvError, ModelError
 from matkv.models.load import load_model
-from matkv.settings import settings
+from matkv.settings import NotNegative, Seed, settings
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="artifact directory")]
 BudgetOpt = Annotated[float, typer.Option(help="fraction of cache bytes to keep")]
@@ -21,13 +21,17 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="print JSON to standard ou
 TEXT_HELP = "default, a .txt or .jsonl file, a directory of .txt, or hub:NAME[:CONFIG]"
 TextOpt = Annotated[str, typer.Option(help=TEXT_HELP)]
 NewTokensOpt = Annotated[int, typer.Option(help="tokens to generate at most", min=1)]
-TemperatureOpt = Annotated[float, typer.Option(help="0 for greedy decoding", min=0.0)]
-SeedOpt = Annotated[int, typer.Option(help="seed of sampling")]
-
-
 OutOpt = Annotated[
     Path | None, typer.Option("-o", "--out", help="artifact to write; RUN itself unless given")
 ]
+
+
+@settings(MatkvError)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: NotNegative = Field(default=0.0, description="0 for greedy decoding")
+    seed: Seed = Field(default=0, description="seed of sampling")
 
 
 @settings(ModelError)

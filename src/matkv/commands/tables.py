@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.setting import budget_name
 from matkv.data.haystacks import TESTS
 from matkv.evaluate.scores import AVERAGE
 from matkv.ranks import SIDES, RankTable
@@ -125,11 +126,6 @@ def tasks_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             _share(average["retention_above_chance"]),
         )
     return table
-
-
-def budget_name(budget: float | None) -> str:
-    """A budget as tables show it."""
-    return "full cache" if budget is None else f"{budget:.1%}"
 
 
 def _share(value: float | None) -> str:

@@ -30,7 +30,7 @@ from matkv.distill.examples import TrainingSet, collate
 from matkv.distill.student import Student
 from matkv.errors import TrainingError
 from matkv.files import save_tensors
-from matkv.progress import CurvePoint, Interrupt, OnProgress, Progress, Spent, own_randomness
+from matkv.progress import CurvePoint, Interrupt, OnProgress, Report, Spent, own_randomness
 from matkv.schedule import Sizes
 
 LEARNED, RUN = "learned.safetensors", "run.json"
@@ -212,7 +212,8 @@ class Watch(TrainerCallback):
         on_progress: OnProgress | None,
     ) -> None:
         self.trainer, self.interrupt = trainer, interrupt
-        self.probe, self.on_progress = probe, on_progress
+        self.probe, steps = probe, trainer.config.step_limit
+        self.report = Report(on_progress, "end-to-end", steps, "steps")
         self.tokens = 0
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
@@ -232,21 +233,16 @@ class Watch(TrainerCallback):
         if probes:
             at = {f"{LOSS_AT}{budget:g}": value for budget, value in probes.items()}
             trainer.log({"tokens": self.tokens, "seconds": trainer.seconds, "step_loss": loss} | at)
-        if self.on_progress is None or not state.is_world_process_zero:
-            return
-        seconds = trainer.seconds
-        self.on_progress(
-            Progress(
-                stage="end-to-end",
-                step=step,
-                steps=trainer.config.step_limit,
-                loss=loss,
-                tokens=self.tokens,
+        if state.is_world_process_zero:
+            seconds = trainer.seconds
+            self.report(
+                step,
+                f"loss {loss:.3f}",
                 seconds=seconds,
                 seconds_left=seconds / fraction * (1 - fraction) if fraction else None,
+                figures={"loss": loss, "tokens": self.tokens},
                 probes=probes,
             )
-        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from matkv.hf.geometry import attention_modules, geometry_of
 from matkv.hf.handlers import OnTruncated
 from matkv.hf.observe import observe
 from matkv.hf.weights import output_projection, weight_of
-from matkv.progress import Interrupt, OnProgress, Progress, Spent
+from matkv.progress import Interrupt, OnProgress, Report, Spent
 
 # Recorded queries, keys and values of one round stay under this many bytes.
 RECORD_BYTES = 2 << 30
@@ -90,7 +90,8 @@ def fit_locally(
     optimizer = torch.optim.Adam(bases.parameters(), lr=config.local.lr, eps=ADAM_EPSILON)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.local.steps)
     modules = attention_modules(model)
-    spent, started = Spent(0, 0, 0.0), time.perf_counter()
+    report = Report(on_progress, "local", config.local.steps, "steps")
+    spent = Spent(0, 0, 0.0)
     for step, batch in enumerate(_batches(model, data, config), start=1):
         loss = _backward(bases, modules, batch, recent)
         if not math.isfinite(loss):
@@ -99,24 +100,11 @@ def fit_locally(
         optimizer.zero_grad()
         decay.step()
         tokens = spent.tokens + batch.batch.tokens
-        spent = Spent(step, tokens, time.perf_counter() - started)
-        if on_progress is not None:
-            on_progress(_progress(spent, config.local.steps, loss))
+        spent = Spent(step, tokens, time.perf_counter() - report.started)
+        report(step, f"loss {loss:.3f}", figures={"loss": loss, "tokens": tokens})
         if interrupt.agreed(model.device):
             break
     return spent
-
-
-def _progress(spent: Spent, steps: int, loss: float) -> Progress:
-    return Progress(
-        stage="local",
-        step=spent.steps,
-        steps=steps,
-        loss=loss,
-        tokens=spent.tokens,
-        seconds=spent.seconds,
-        seconds_left=spent.seconds / spent.steps * (steps - spent.steps),
-    )
 
 
 def _batches(

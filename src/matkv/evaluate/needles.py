@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Annotated, Any
 
@@ -23,13 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
-from matkv.artifact.setting import CACHE_KEYS, Setting
+from matkv.artifact.setting import CACHE_KEYS, Setting, budget_name
 from matkv.cache.cache import new_cache
 from matkv.cache.naming import cache_argument
 from matkv.data.haystacks import RECIPE, TESTS, HaystackConfig, Haystacks, Sample, Test
 from matkv.errors import DataError
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
+from matkv.progress import OnProgress, Report
 from matkv.settings import Few, Length, Many, settings
 
 NEEDLE = Kind(
@@ -40,7 +41,6 @@ NEEDLE = Kind(
     ),
 )
 SLACK = 4  # tokens of generation beyond the answer's, for models that start on a new line
-Progress = Callable[[int], None]
 
 
 @settings(DataError)
@@ -70,14 +70,14 @@ def needles(
     config: NeedleConfig,
     results: Results,
     *,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Record]:
     """Accuracy and answer loss of every setting, test, context and depth.
 
     `accuracy` is the share of samples whose greedy continuation holds the answer, `stderr` its
     binomial standard error; `answer_loss` the mean loss of the answer's tokens in nats, and
     `answer_stderr` that of its mean over samples. Rows that `results` has are not measured again,
-    new ones are kept as soon as they are there. `on_progress` gets the prompt tokens done.
+    new ones are kept as soon as they are there.
 
     Raises:
         DataError: a context is too short for its facts, or longer than the model's positions.
@@ -93,6 +93,7 @@ def needles(
     fixed = {"n": config.samples, **asdict(config.haystack), "recipe": RECIPE}
     rows: list[Record] = []
     done = 0
+    report = Report(on_progress, "searching haystacks", config.tokens * len(settings))
     for setting, cache in identified(model, artifact, settings):
         for (test, context, depth), asked in samples.items():
             name = {**cache, "test": test, "context": context, "depth": depth, **fixed}
@@ -103,8 +104,7 @@ def needles(
                 (row,) = results.add([name | scores])
             rows.append(row)
             done += context * len(asked)
-            if on_progress is not None:
-                on_progress(done)
+            report(done, budget_name(setting.budget))
     return rows
 
 

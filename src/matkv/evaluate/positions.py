@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
-from matkv.artifact.setting import CACHE_KEYS, Setting
+from matkv.artifact.setting import CACHE_KEYS, Setting, budget_name
 from matkv.errors import DataError
-from matkv.evaluate.needles import Progress
 from matkv.files import digest
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
 from matkv.logits import token_losses
+from matkv.progress import OnProgress, Report
 
 POSITIONS = Kind("positions", (*CACHE_KEYS, "text", "data", "window_tokens", "start", "end"))
 FIRST_BUCKET = 64
@@ -44,13 +44,13 @@ def positions(
     settings: Sequence[Setting],
     results: Results,
     *,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Record]:
     """Perplexity of every setting by the position of the predicted token in its window.
 
     exp of the mean loss of the tokens at `start` <= position < `end`; a window's first token is not
     predicted. `stderr` is that of the mean loss, over windows. As `evaluate.perplexity`, it runs
-    the truncated forward pass, which equals cached decoding. `on_progress` gets the tokens done.
+    the truncated forward pass, which equals cached decoding.
 
     Raises:
         DataError: there is no window of at least two tokens, or it exceeds the model's positions.
@@ -63,33 +63,32 @@ def positions(
     content = digest(windows_NT.cpu().numpy().tobytes())
     fixed = {"text": text, "data": content, "window_tokens": length}
     ranges = buckets(length)
+    report = Report(on_progress, "evaluating", windows_NT.numel() * len(settings))
     rows: list[Record] = []
     done = 0
     for setting, cache in identified(model, artifact, settings):
+        note = budget_name(setting.budget)
         names = [{**cache, **fixed, "start": start, "end": end} for start, end in ranges]
         found = [row for name in names if (row := results.find(name)) is not None]
         if len(found) < len(names):
             with attached(model, artifact, setting):
-                losses_NT = _losses(model, windows_NT, done, on_progress)
+                losses_NT = _losses(model, windows_NT, report.part(done, note))
             found = results.add([{**name, **_bucket(losses_NT, name)} for name in names])
         rows += found
         done += windows_NT.numel()
-        if on_progress is not None:
-            on_progress(done)
+        report(done, note)
     return rows
 
 
 @torch.inference_mode()
-def _losses(
-    model: PreTrainedModel, windows_NT: Tensor, done: int, on_progress: Progress | None
-) -> Tensor:
+def _losses(model: PreTrainedModel, windows_NT: Tensor, on_progress: OnProgress) -> Tensor:
     """Loss of every token by its position; NaN for the first ones.  [NT]"""
+    report = Report(on_progress, "evaluating", windows_NT.numel())
     losses_NT = torch.full(windows_NT.shape, math.nan, dtype=torch.float64)
     for index, window_T in enumerate(windows_NT.to(model.device)):
         logits_TV = model(window_T[None], use_cache=False).logits[0, :-1]
         losses_NT[index, 1:] = token_losses(logits_TV, window_T[1:]).cpu()
-        if on_progress is not None:
-            on_progress(done + (index + 1) * windows_NT.shape[1])
+        report((index + 1) * windows_NT.shape[1])
     return losses_NT
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
-from matkv.artifact.setting import CACHE_KEYS, Setting
+from matkv.artifact.setting import CACHE_KEYS, Setting, budget_name
 from matkv.data.task_items import LoadedTask, require_lm_eval
 from matkv.errors import DataError
 from matkv.evaluate.scores import accuracy, bits
 from matkv.hf.attach import attached, identified
+from matkv.progress import OnProgress, Report
 from matkv.settings import Count, Few, Seed, settings
 
 if TYPE_CHECKING:
@@ -40,16 +40,6 @@ class TaskConfig:
     batch_size: Few = Field(default=16, description="sequences scored at once, of tasks")
 
 
-@dataclass(frozen=True)
-class At:
-    """Where a run is: requests answered of one task at one budget, None for the full cache."""
-
-    budget: float | None
-    task: str
-    done: int
-    total: int
-
-
 def score_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,7 +49,7 @@ def score_tasks(
     config: TaskConfig,
     results: Results,
     *,
-    on_progress: Callable[[At], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Record]:
     """One row for every setting and task; see `task_scores`.
 
@@ -99,7 +89,7 @@ def _score(
     loaded: LoadedTask,
     budget: float | None,
     config: TaskConfig,
-    on_progress: Callable[[At], None] | None,
+    on_progress: OnProgress | None,
 ) -> Record:
     """Right and wrong of every item picked, as lm-eval finds them."""
     from lm_eval.evaluator import evaluate
@@ -109,8 +99,9 @@ def _score(
     _build_quietly(loaded.task)
 
     def report(done: int) -> None:
-        if on_progress is not None:
-            on_progress(At(budget, loaded.name, done, len(loaded.task.instances)))
+        total = len(loaded.task.instances)  # known as soon as the first one is answered
+        note = f"{loaded.name} · {budget_name(budget)}"
+        Report(on_progress, "tasks", total, "requests")(done, note)
 
     lm.on_progress = report
     found = evaluate(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
-from matkv.artifact.setting import CACHE_KEYS, Setting
+from matkv.artifact.setting import CACHE_KEYS, Setting, budget_name
 from matkv.errors import DataError
 from matkv.files import digest
 from matkv.hf.attach import attached, attached_table, identified
 from matkv.logits import token_losses
+from matkv.progress import OnProgress, Report
 
 PERPLEXITY = Kind("perplexity", (*CACHE_KEYS, "text", "data", "window_tokens", "tokens"))
 
@@ -59,13 +60,13 @@ def perplexity(
     model: PreTrainedModel,
     windows_NT: Tensor,
     *,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[float, float, int]:
     """exp of the mean negative log-likelihood of the tokens of every window but its first.
 
     Runs without a cache: on an attached model that is the truncated forward pass, which equals
     cached decoding. Returns the perplexity, the standard error of the mean log-likelihood over
-    windows, and the number of predicted tokens. `on_progress` gets the number of tokens seen.
+    windows, and the number of predicted tokens.
 
     Raises:
         DataError: a window of text is shorter than two tokens.
@@ -74,12 +75,12 @@ def perplexity(
     if windows == 0 or length < 2:
         raise DataError(f"{windows} windows of {length} tokens: perplexity needs one of at least 2")
     means = []
+    report = Report(on_progress, "evaluating", windows_NT.numel())
     for index, window_T in enumerate(windows_NT):
         logits_TV = model(window_T[None].to(model.device), use_cache=False).logits[0, :-1]
         losses_T = token_losses(logits_TV, window_T[1:].to(model.device))
         means.append(float(losses_T.cpu().double().mean()))
-        if on_progress is not None:
-            on_progress((index + 1) * length)
+        report((index + 1) * length)
     losses = torch.tensor(means, dtype=torch.float64)
     stderr = float(losses.std() / math.sqrt(windows)) if windows > 1 else math.nan
     return math.exp(float(losses.mean())), stderr, windows * (length - 1)
@@ -95,22 +96,23 @@ def evaluate(
     sink: int | None = None,
     recent: int | None = None,
     full_cache: bool = True,
-    on_progress: Callable[[float | None, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Row]:
     """Perplexity and bytes per token of the full cache, then of each budget.
 
-    `uniform` ignores stored rank tables. The model is left detached. `on_progress` gets the budget
-    under way, None for the full cache, and the tokens seen of it.
+    `uniform` ignores stored rank tables. The model is left detached.
 
     Raises:
         FingerprintError, BudgetError, DataError: see `attach` and `perplexity`.
     """
     way = Setting(uniform=uniform, sink=sink, recent=recent)
     settings = [way.at(budget) for budget in ([None, *budgets] if full_cache else budgets)]
-    rows = []
+    report = Report(on_progress, "evaluating", windows_NT.numel() * len(settings))
+    rows: list[Row] = []
     for setting, _ in identified(model, artifact, settings):
+        part = report.part(len(rows) * windows_NT.numel(), budget_name(setting.budget))
         with attached(model, artifact, setting):
-            rows.append(_row(model, artifact, windows_NT, setting, on_progress))
+            rows.append(_row(model, artifact, windows_NT, setting, part))
     return rows
 
 
@@ -119,17 +121,12 @@ def _row(
     artifact: Artifact,
     windows_NT: Tensor,
     setting: Setting,
-    on_progress: Callable[[float | None, int], None] | None = None,
+    on_progress: OnProgress,
 ) -> Row:
     """The row of a model that is at `setting`."""
-
-    def report(tokens: int) -> None:
-        if on_progress is not None:
-            on_progress(setting.budget, tokens)
-
     table = artifact.table(1.0) if setting.budget is None else attached_table(model)
     started = time.perf_counter()
-    value, stderr, tokens = perplexity(model, windows_NT, on_progress=report)
+    value, stderr, tokens = perplexity(model, windows_NT, on_progress=on_progress)
     sink, recent = setting.exact(artifact)
     return Row(
         budget=setting.budget,
@@ -151,12 +148,11 @@ def perplexity_rows(
     settings: Sequence[Setting],
     results: Results,
     *,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Record]:
     """A record of perplexity for every setting; `text` is the name that its rows bear.
 
     Rows that `results` has are not measured again, new ones are kept as soon as they are there.
-    `on_progress` gets the tokens done.
 
     Raises:
         FingerprintError, BudgetError, DataError, ArtifactError: see `evaluate` and `Results`.
@@ -167,19 +163,17 @@ def perplexity_rows(
         "window_tokens": windows_NT.shape[1],
         "tokens": windows_NT.shape[0] * (windows_NT.shape[1] - 1),
     }
+    report = Report(on_progress, "evaluating", windows_NT.numel() * len(settings))
     records: list[Record] = []
     for setting, cache in identified(model, artifact, settings):
-
-        def report(_: float | None, tokens: int) -> None:
-            if on_progress is not None:
-                on_progress(len(records) * windows_NT.numel() + tokens)
-
+        name = budget_name(setting.budget)
+        part = report.part(len(records) * windows_NT.numel(), name)
         about = cache | fixed
         record = results.find(about)
         if record is None:
             with attached(model, artifact, setting):
-                row = _row(model, artifact, windows_NT, setting, report)
+                row = _row(model, artifact, windows_NT, setting, part)
             (record,) = results.add([about | row.to_json()])
-        report(None, windows_NT.numel())
         records.append(record)
+        report(len(records) * windows_NT.numel(), name)
     return records

@@ -4,9 +4,7 @@ Shapes: B batch, H query head, G KV head, T token, D head dim, M model dim."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +19,8 @@ from matkv.hf.handlers import Observed, Observer
 from matkv.hf.probe import check_attends
 from matkv.hf.weights import output_projection, weight_of
 from matkv.hf.wrappers import decoder_of, device_of, model_in
+from matkv.progress import OnProgress, Report
 from matkv.ranks import LayerShape, Side
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a pass over text stands: tokens seen and seconds taken."""
-
-    tokens: int
-    seconds: float
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @torch.no_grad()
@@ -70,7 +58,7 @@ def collect_moments(
     geometry = geometry_of(model.config)
     counter = _Counter(skip_first, model.config.get_text_config(decoder=True).vocab_size)
     recorders = {layer: Recorder(geometry.layers[layer], counter) for layer in geometry.growing}
-    started = time.perf_counter()
+    report = Report(on_progress, "calibrating", None)
 
     def counted() -> Iterator[Batch]:
         for batch in map(Batch.of, batches):
@@ -78,8 +66,7 @@ def collect_moments(
             if batch.ids_BT.numel():
                 yield batch  # comes back when the batch has passed
                 _check_finite(recorders)
-            if on_progress is not None:
-                on_progress(Progress(counter.tokens, time.perf_counter() - started))
+            report(counter.tokens)
 
     was_training = model.training
     try:

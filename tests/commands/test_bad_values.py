@@ -1,0 +1,161 @@
+"""Bad values of options: every one is an error in one line with exit code 2, within seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from program import Program
+
+HUGE = str(2**70)
+# What no option of a kind takes.
+NOT_WHOLE = ("", "x", "1.5", "nan", "1e30", "[/red]")
+NOT_COUNTS = (*NOT_WHOLE, "0", "-1", HUGE)
+NOT_NUMBERS = ("", "x", "nan", "inf", "-1", "1e999", "[bold]")
+NOT_BUDGETS = ("", "x", "0", "-0.5", "1.5", "nan", "inf")
+LOADING = {
+    "--device": ("", "tpu", "cuda:99", "meta", "[/red]"),
+    "--dtype": ("", "int8", "float", "bfloat17", "[/red]"),
+}
+WAY = {"--sink": ("-1", "x", HUGE), "--recent": ("-1", "1.5", HUGE)}
+BAD: dict[str, dict[str, tuple[str, ...]]] = {
+    "calibrate {model} -o {out} --text {text}": {
+        **LOADING,
+        "--key": ("", "svd", "[/red]"),
+        "--value": ("query",),
+        "--skip-first": ("-1", "x", HUGE),
+        "--tokens": NOT_COUNTS,
+        "--length": (*NOT_COUNTS, "1000000000"),
+        "--batch-size": NOT_COUNTS,
+        "--text": ("", "{tmp}/none.txt", "{tmp}/[/red].txt", "hub:"),
+        "-o": ("{model}",),
+    },
+    "distill {run} -o {out} --text {text}": {
+        **LOADING,
+        "--objective": ("", "all", "[/red]"),
+        "--schedule": ("x",),
+        "--steps": NOT_COUNTS,
+        "--tokens": ("0", "x"),
+        "--minutes": (*NOT_NUMBERS, "0"),
+        "--lr": (*NOT_NUMBERS, "0"),
+        "--lora-rank": ("-1", "x", HUGE),
+        "--lora-dropout": ("-0.1", "1", "2", "nan"),
+        "--rung": NOT_BUDGETS,
+        "--seed": ("-1", HUGE, "x"),
+        "--batch-size": ("0", "1000000000"),
+        "--tracker": ("paper", ""),
+        "--recent": ("-1", "1000000"),
+        "--kl": ("-1", "nan"),
+        "--config": ("{tmp}/none.toml", "{tmp}/latin.toml", "{tmp}/deep.toml", "{tmp}/seed.toml"),
+        "--data": ("{tmp}/none.jsonl", "{text}"),
+    },
+    "allocate {run} -o {out} --text {text} --length 64": {
+        "--method": ("", "magic"),
+        "--budget": NOT_BUDGETS,
+        "--step": ("0", "x", HUGE),
+        "--multiple": ("0", "-3"),
+        "--min-rank": ("-1", "x"),
+        "--max-rank": ("-1", "x"),
+        "--protect": ("-1", "9", "x"),
+        "--max-kl": (*NOT_NUMBERS, "0"),
+        "--max-perplexity-increase": ("", "much", "%", "nan%", "-5%", "0"),
+        "--expansions": ("0", "1000000000", "x"),
+        "--search-tokens": ("0", "x", HUGE),
+        "--drops": ("0", "1000000000"),
+        "--length": ("0", "1", "1000000000"),
+    },
+    "evaluate {run} --text {text} --budget 0.5": {
+        **WAY,
+        "--budget": NOT_BUDGETS,
+        "--length": ("0", "1", "x", "1000000000"),
+        "--tokens": ("0", "-1", "x"),
+        "--tasks-dir": ("{tmp}",),
+        "--limit": ("0", "3"),
+        "--long-context": ("0", "10", "x", "1000000000"),
+        "--samples": ("0", "x", HUGE),
+        "--seed": ("-1", HUGE),
+        "--batch-size": ("0", "1000000000"),
+    },
+    "benchmark {run} --steps 1": {
+        **WAY,
+        "--context": ("0", "-1", "x", "1000000000"),
+        "--batch": ("0", "x", "1000000000"),
+        "--budget": NOT_BUDGETS,
+        "--steps": ("0", "x"),
+        "--threads": ("0", "x", HUGE),
+        "--memory": ("", "much", "0", "-1GB"),
+    },
+    "benchmark-attention --heads 2 --kv-heads 2 --context 16 --steps 1": {
+        **LOADING,
+        "--kv-heads": ("0", "3", "x"),
+        "--context": ("0", "x", "1000000000"),
+        "--budget": NOT_BUDGETS,
+    },
+    "plan {model} --context 100": {
+        **LOADING,
+        "--context": NOT_COUNTS,
+        "--batch": ("0", "x"),
+        "--budget": NOT_BUDGETS,
+        "--memory": ("", "much", "0"),
+        "--bandwidth": ("", "fast", "0", "-1"),
+    },
+    "generate {run} hello": {
+        **LOADING,
+        **WAY,
+        "--budget": (*NOT_BUDGETS, "0.01"),
+        "--max-new-tokens": NOT_COUNTS,
+        "--temperature": NOT_NUMBERS,
+        "--seed": ("x", HUGE, "-1"),
+        "--model": ("{tmp}/none", "[/red]"),
+    },
+    "report {run} -o {out}": {
+        "--budget": ("0.5", "x"),
+        "--prompt": ("hello",),
+        "--max-new-tokens": ("0", "x"),
+    },
+}
+CASES = [
+    (command, option, value)
+    for command, options in BAD.items()
+    for option, values in options.items()
+    for value in values
+]
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipes that cannot be read."""
+    tmp = tmp_path_factory.mktemp("spoilt")
+    (tmp / "latin.toml").write_bytes(b"# caf\xe9\nsteps = 1\n")
+    (tmp / "deep.toml").write_text("steps = " + "[" * 50_000)
+    (tmp / "seed.toml").write_text(f"seed = {HUGE}\n")
+    return tmp
+
+
+@pytest.mark.parametrize(("command", "option", "value"), CASES)
+def test_a_bad_value_is_one_line_and_exit_code_2(
+    home: Path, spoilt: Path, tmp_path: Path, matkv: Program, command: str, option: str, value: str
+) -> None:
+    names = {
+        **{"model": home / "model", "run": home / "run", "text": home / "text.txt"},
+        **{"out": tmp_path / "out", "tmp": spoilt},
+    }
+    words = [word.format(**names) for word in (*command.split(), option, value)]
+    started = time.perf_counter()
+    ended = matkv(*words)
+    assert ended.code == 2, ended
+    assert list(lines(ended.err)) == [ended.err.strip()], ended.err
+    assert ended.err.startswith("error: ")
+    assert time.perf_counter() - started < 30
+    assert not (tmp_path / "out").exists()
+
+
+def lines(text: str) -> Iterator[str]:
+    return (line for line in text.splitlines() if line.strip())
+
+
+def test_there_are_many() -> None:
+    assert len(CASES) >= 200
