@@ -36,9 +36,12 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9.]+(?:[eE]\+?[0-9]+)?)\s*([KMGT]?i?)B?\s*", text)
     unit = (UNITS | BINARY_UNITS).get(match[2]) if match else None
     try:
-        return round(float(match[1]) * unit)  # type: ignore[index, operator]
-    except (TypeError, ValueError):
-        raise MatkvError(f"size {text!r} must be like 80GB, 24GiB or 1e9") from None
+        size = round(float(match[1]) * unit)  # type: ignore[index, operator]
+    except (TypeError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise MatkvError(f"size {text!r} must be like 80GB, 24GiB or 1e9")
+    return size
 
 
 def as_bytes(given: object) -> object:

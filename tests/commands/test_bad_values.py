@@ -13,7 +13,8 @@ from program import Program
 HUGE = str(2**70)
 # What no option of a kind takes.
 NOT_WHOLE = ("", "x", "1.5", "nan", "1e30", "[/red]")
-NOT_COUNTS = (*NOT_WHOLE, "0", "-1", HUGE)
+NOT_SOME = (*NOT_WHOLE, "0", "-1")
+NOT_COUNTS = (*NOT_SOME, HUGE)
 NOT_NUMBERS = ("", "x", "nan", "inf", "-1", "1e999", "[bold]")
 NOT_BUDGETS = ("", "x", "0", "-0.5", "1.5", "nan", "inf")
 LOADING = {
@@ -27,9 +28,9 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--key": ("", "svd", "[/red]"),
         "--value": ("query",),
         "--skip-first": ("-1", "x", HUGE),
-        "--tokens": NOT_COUNTS,
+        "--tokens": NOT_SOME,
         "--length": (*NOT_COUNTS, "1000000000"),
-        "--batch-size": NOT_COUNTS,
+        "--batch-size": NOT_SOME,
         "--text": ("", "{tmp}/none.txt", "{tmp}/[/red].txt", "hub:"),
         "-o": ("{model}",),
     },

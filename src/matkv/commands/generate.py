@@ -13,13 +13,7 @@ from matkv.cache.cache import LatentCache
 from matkv.commands import console
 from matkv.commands.from_fields import from_fields
 from matkv.commands.memory import attach_setting, cache_use
-from matkv.commands.options import (
-    BudgetOpt,
-    JsonOpt,
-    Loading,
-    NewTokensOpt,
-    RunArg,
-)
+from matkv.commands.options import BudgetOpt, JsonOpt, Loading, NewTokensOpt, RunArg, Sampling
 from matkv.evaluate.samples import chat_ids, generate
 
 

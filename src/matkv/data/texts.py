@@ -21,6 +21,10 @@ def read_texts(source: str | Path, split: Split) -> list[str]:
     Raises:
         DataError: `source` is missing, empty, malformed or of an unknown kind.
     """
+    if str(source) in ("", "hub:"):
+        raise DataError(
+            f"text {str(source)!r} names nothing: give a file, a directory or a data set"
+        )
     if source == "default":
         return default_articles(split)
     if isinstance(source, str) and source.startswith("hub:"):
