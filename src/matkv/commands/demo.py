@@ -206,9 +206,7 @@ def _calibrate(
     length, count = config.calibrate_length, config.calibrate_tokens
     windows_NT = data.text_windows(tokenizer, texts, length, count)
     with progress_bar("calibrating", windows_NT.numel()) as update:
-        layers, tokens = collect_moments(
-            model, data.batches(windows_NT, 8), on_progress=update
-        )
+        layers, tokens = collect_moments(model, data.batches(windows_NT, 8), on_progress=update)
     kinds = {
         "pca": CalibrateConfig(key="pca", value="pca"),
         "calibrated": CalibrateConfig(),
