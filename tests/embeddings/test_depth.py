@@ -18,6 +18,10 @@ from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, MORE, TEXTS, build
 PRE_NORM = {"modernbert", "qwen3", "gemma3", "t5", "llama"}
 
 
+# DeBERTa's module compiles with torch.jit in older versions of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
+
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *MORE])
 def test_layers_and_final_norm_are_found(name: str) -> None:
     found = backbone_of(build(name))
@@ -37,9 +41,9 @@ def test_a_cut_ends_with_its_block_even_after_an_error() -> None:
     model = build("gemma3")
     backbone = backbone_of(model)
     stack, types = backbone.stack, list(backbone.config.layer_types)
-    with pytest.raises(RuntimeError), cut(backbone, 1):
-        assert backbone.layers == backbone.config.num_hidden_layers == 1
-        assert backbone.config.layer_types == types[:1]
+    with pytest.raises(RuntimeError), cut(backbone, 2):
+        assert backbone.layers == backbone.config.num_hidden_layers == 2
+        assert backbone.config.layer_types == types[:2]
         raise RuntimeError
     assert backbone.stack is stack
     assert backbone.config.num_hidden_layers == LAYERS

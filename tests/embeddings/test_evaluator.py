@@ -36,8 +36,6 @@ def similarity(**options: Any) -> EmbeddingSimilarityEvaluator:
 EVALUATORS: dict[str, Any] = {
     "similarity": lambda: similarity(name="dev"),
     "dot": lambda: similarity(similarity_fn_names=["dot", "cosine"]),
-    "int8": lambda: similarity(precision="int8"),
-    "binary": lambda: similarity(precision="binary"),
     "triplet": lambda: TripletEvaluator(TEXTS[:3], TEXTS[1:4], TEXTS[2:], write_csv=False),
     "retrieval": lambda: InformationRetrievalEvaluator(
         {"q1": "dog", "q2": "plane"},
@@ -111,13 +109,15 @@ def test_forms_of_embeddings_are_those_of_encode() -> None:
             seen.append(model.encode(TEXTS, convert_to_numpy=False))
             seen.append(model.encode(TEXTS[0]))
             seen.append(model.encode_query(TEXTS))
+            seen.append(model.encode(TEXTS, precision="int8"))
+            seen.append(model.encode(TEXTS, precision="ubinary"))
             seen.append(model.encode([]))
             return 0.0
 
     RungEvaluator(Asks(), [(2, 8)])(model)
     RungEvaluator(Asks(), [(LAYERS, HIDDEN)])(model)
     Asks()(truncate(model, 2, 8))
-    for found, wanted in zip(seen[:5], seen[10:], strict=True):
+    for found, wanted in zip(seen[:7], seen[14:], strict=True):
         assert type(found) is type(wanted)
         assert np.array_equal(np.asarray(found), np.asarray(wanted))
 
