@@ -15,7 +15,8 @@ Arms, all from the same model, with the same steps of the same batches of a seed
     equal time    the same, with one ladder's time shared out among all of them
     smae          a ladder on a model pre-trained by examples/smae.py (--pretrained)
 
-A result is kept when it is there, so a run that was stopped goes on.
+Ends with a table, and a picture in OUT. A result is kept when it is there, so a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ from matkv.embeddings.measure import retrieval_evaluator, similarity_evaluator
 from matkv.embeddings.rungs import Size, default_rungs, full_size, name, parse
 from matkv.embeddings.serve import truncate
 from matkv.embeddings.train import base_loss, fit, ladder_loss
+from matkv.files import replacing
+from matkv.report.sections.sizes import arms_picture
 
 ROWS = Kind("arms", ("task", "arm", "seed", "steps", "batch_size"))
 DEMO_ARMS = ("untrained", "random 2D", "ladder", "separate")
-# A step of the ladder over one of the full size alone (benchmarks/embedding_cost.py).
+# A step of the ladder over one of the full size alone: generous to the arm that it is given to, as
+# benchmarks/embedding_cost.py measures 1.01.
 LADDER_COST = 1.25
 Columns = dict[str, list[Any]]
 Values = dict[Size, float]
@@ -307,6 +311,10 @@ def main() -> None:
                 rows.append(row)
                 print(f"{arm}, seed {row['seed']}: mean {row['mean']:.3f}", flush=True)
     Console().print(table(bench, rows))
+    picture = folder / "arms.png"
+    with replacing(picture) as new:
+        new.write_bytes(arms_picture({args.task: rows}).png)
+    print(f"drawn in {picture}")
 
 
 if __name__ == "__main__":
