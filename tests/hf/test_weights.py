@@ -115,6 +115,8 @@ def one_layer(model: Any) -> Any:
     return dispatch_model(model, places, offload_dir=tempfile.mkdtemp(), main_device="cpu")
 
 
+# Before 5.23, transformers takes offloaded models to be on the meta device.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.parametrize("offload", [to_ram, to_disk, one_layer])
 @torch.no_grad()
 def test_offloaded_weights_are_brought_when_needed(
