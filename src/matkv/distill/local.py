@@ -101,7 +101,9 @@ def fit_locally(
         decay.step()
         tokens = spent.tokens + batch.batch.tokens
         spent = Spent(step, tokens, time.perf_counter() - report.started)
-        report(step, f"loss {loss:.3f}", figures={"loss": loss, "tokens": tokens})
+        left = spent.seconds / step * (config.local.steps - step)
+        figures = {"loss": loss, "tokens": tokens}
+        report(step, f"loss {loss:.3f}", seconds_left=left, figures=figures)
         if interrupt.agreed(model.device):
             break
     return spent
