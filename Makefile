@@ -7,7 +7,7 @@
 #   make test-latest the same tests on the newest release of every package, supported or not
 #   make test-slow   the tests plus those that use the real default model
 #   make test-report the report in a real browser, a Chromium of the system
-#   make docs        docs/cli.md from the help of every command
+#   make docs        docs/cli.md and the list in docs/ARCHITECTURE.md, from the code
 #
 # Another interpreter (3.11 to 3.13): make test PYTHON=python3.12
 # torch without 6 GB of CUDA:
@@ -60,6 +60,7 @@ test-report: $(VENV)/.stamp
 
 docs: $(VENV)/.stamp
 	$(VENV)/bin/python docs/cli.py
+	$(VENV)/bin/python docs/architecture.py
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check
