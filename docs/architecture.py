@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "src" / "matkv"
 BEGIN, END = "<!-- files -->\n", "<!-- end of files -->\n"
 # The way of the data; test_architecture.py has the floors.
 WINGS = (
-    "errors files settings progress logits schedule ranks data models bases latents artifact "
-    "attention cache hf calibrate distill allocate evaluate benchmark plan embeddings report doctor "
-    "commands cli"
-).split()
+    *("errors", "files", "settings", "progress", "logits", "schedule", "ranks", "data", "models"),
+    *("bases", "latents", "artifact", "attention", "cache", "hf"),
+    *("calibrate", "distill", "allocate", "evaluate", "benchmark", "plan", "embeddings", "report"),
+    *("commands", "cli"),
+)
 
 
 def files() -> str:
