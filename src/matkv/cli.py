@@ -115,4 +115,4 @@ def main() -> None:
         console.refuse(f"not enough memory ({error}): ask for fewer tokens or a smaller batch")
     if code == INTERRUPTED:  # how typer reports Ctrl-C
         console.err.print("interrupted; nothing half-written was left")
-    sys.exit(code)
+    sys.exit(code or 0)
