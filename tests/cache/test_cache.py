@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import matkv
-from matkv.cache.cache import new_cache
+from matkv.cache.cache import LatentCache, new_cache
+from matkv.cache.static import StaticLatentCache
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
@@ -427,3 +428,16 @@ def test_a_slip_is_no_matter_of_caches(llama: Tiny) -> None:
         latents.transpose(1, 2)
     with pytest.raises(AttributeError, match="no attribute 'toknes'"):
         latents.toknes  # noqa: B018
+
+
+@pytest.mark.parametrize("model", [None, "smollm2-135m", torch.nn.Linear(2, 2)])
+@pytest.mark.parametrize("make", [LatentCache, lambda model: StaticLatentCache(model, 8)])
+def test_what_is_no_model_has_no_cache(make: Any, model: Any) -> None:
+    with pytest.raises(CacheError, match="made for a model of transformers, not for"):
+        make(model)
+
+
+def test_a_cache_is_made_for_the_model_in_a_wrapper(llama: Tiny) -> None:
+    llama.attach(ranks=llama.ragged(1))
+    cache = LatentCache(torch.nn.Sequential(llama.model))
+    assert len(cache.layers) == llama.model.config.num_hidden_layers

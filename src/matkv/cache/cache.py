@@ -9,8 +9,8 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -38,12 +38,12 @@ class LatentCache(DynamicCache):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         *,
         max_cache_len: int | None = None,
         offloading: bool = False,
     ) -> None:
-        config = model.config.get_text_config(decoder=True)
+        config = decoder_config(model)
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=True)
         use_latents(self, model, max_cache_len=max_cache_len)
 
@@ -86,15 +86,15 @@ class LatentCache(DynamicCache):
         )
 
 
-def new_cache(model: PreTrainedModel) -> Cache:
+def new_cache(model: nn.Module) -> Cache:
     """An empty cache of the kind the model runs with: latent when attached, else a DynamicCache."""
     if attached_projections(model):
         return LatentCache(model)
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return DynamicCache(config=decoder_config(model))
 
 
 @torch.no_grad()
-def refill(model: PreTrainedModel, states: Cache) -> Cache:
+def refill(model: nn.Module, states: Cache) -> Cache:
     """A cache of the kind the model runs with, holding the full keys and values of `states`."""
     cache = new_cache(model)
     for index, layer in enumerate(states.layers):
@@ -113,7 +113,7 @@ def storage_nbytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
-def use_latents(cache: Cache, model: PreTrainedModel, *, max_cache_len: int | None = None) -> None:
+def use_latents(cache: Cache, model: nn.Module, *, max_cache_len: int | None = None) -> None:
     """Give `cache` latent layers of the model's attachment where it grows, in place.
 
     Layers without tokens are replaced; latent ones with tokens of the same bases stay as they are.
@@ -152,7 +152,7 @@ def use_latents(cache: Cache, model: PreTrainedModel, *, max_cache_len: int | No
     _warn_once(cache, projections)
 
 
-def _is_seated(cache: Cache, model: PreTrainedModel) -> bool:
+def _is_seated(cache: Cache, model: nn.Module) -> bool:
     """Whether the latent layers of `cache` are of the model's attachment: all are if one is."""
     layers = getattr(cache, "layers", [])
     held = next((layer for layer in layers if isinstance(layer, HoldsLatents)), None)
@@ -173,16 +173,29 @@ def _warn_once(cache: Any, projections: dict[int, LayerProjection]) -> None:
         )
 
 
-def attached_projections(model: PreTrainedModel) -> dict[int, LayerProjection]:
+def attached_projections(model: nn.Module) -> dict[int, LayerProjection]:
     """The projection of every attached layer that the model runs; empty without `attach`."""
     # Early exit, for drafts of assisted decoding, runs the first layers alone.
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = decoder_config(model).num_hidden_layers
     found: dict[int, LayerProjection] = {}
     for module in model.modules():
         projection = getattr(module, "matkv", None)
         if isinstance(projection, LayerProjection) and module.layer_idx < layers:
             found[int(module.layer_idx)] = projection  # type: ignore[arg-type]
     return found
+
+
+def decoder_config(model: nn.Module) -> PreTrainedConfig:
+    """The config of the decoder in a model, or in what wraps one.
+
+    Raises:
+        CacheError: it is no model of transformers.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    for part in parts:
+        if isinstance(part, PreTrainedModel):
+            return part.config.get_text_config(decoder=True)
+    raise CacheError(f"a cache is made for a model of transformers, not for {str(model)[:40]!r}")
 
 
 def _check_sliding(layer: DynamicSlidingWindowLayer, removed: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from matkv.cache.cache import attached_projections, storage_nbytes
+from matkv.cache.cache import attached_projections, decoder_config, storage_nbytes
 from matkv.cache.layer import HoldsLatents, tokens_removed
 from matkv.errors import CacheError
 from matkv.latents.latents import Latents
@@ -109,7 +109,7 @@ class StaticLatentCache(Cache):
         projections = attached_projections(model)
         if not projections:
             raise CacheError("the model has no bases: call matkv.attach(model, artifact, budget)")
-        text = model.config.get_text_config(decoder=True)
+        text = decoder_config(model)
         layers: list[Any] = StaticCache(config=text, max_cache_len=max_cache_len).layers
         for index, projection in projections.items():
             layers[index] = StaticLatentLayer(projection, max_cache_len)
