@@ -57,8 +57,9 @@ DISTILL = DistillConfig(
     lr=1e-2,
     warmup_steps=5,
 )
-# Less text than `matkv allocate` takes by itself: a minute instead of several.
-ALLOCATE = AllocateConfig(expansions=8, search_tokens=512, held_out_tokens=512)
+# Less text than `matkv allocate` takes by itself, in sequences as long as those that are scored:
+# tables found on shorter ones lose to uniform ranks there.
+ALLOCATE = AllocateConfig(expansions=8, search_tokens=1024, held_out_tokens=1024)
 PROMPT = PROMPTS[0]
 MAIN = "distilled"  # the artifact that ends with all there is
 
