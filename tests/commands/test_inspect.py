@@ -48,6 +48,16 @@ def test_one_screen(run: Path, matkv: Program, gemma3: Tiny) -> None:
         assert any(all(cell in line for cell in cells) for line in lines), cells
 
 
+def test_long_facts_leave_their_names(run: Path, matkv: Program, gemma3: Tiny) -> None:
+    settings = {"expansions": 36, "search_tokens": 2048, "held_out_tokens": 4096, "samples": 1}
+    replace(gemma3.artifact, base_model="org/" + "long" * 40).with_history(
+        Allocated(settings=settings | {"drops": 1, "batched": 1, "seed": 0}, seconds=137.1)
+    ).save(run)
+    firsts = [line.split("  ")[0] for line in matkv("inspect", run).out.splitlines()]
+    for name in ("base model", "bases", "compressed", "exact", "calibrate", "allocate"):
+        assert name in firsts
+
+
 def test_the_energy_is_drawn_when_asked_for(run: Path, matkv: Program) -> None:
     assert "█" not in matkv("inspect", run).out
     assert "█" in matkv("inspect", run, "--energy").out

@@ -37,10 +37,10 @@ def inspect_command(run: RunArg, energy: EnergyOpt = False, as_json: JsonOpt = F
 
 
 def _facts(artifact: Artifact) -> Table:
-    """A line for each thing to know; what is too long for it ends in dots."""
+    """A line for each thing to know, more where it is too long for one."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column(style="bold", no_wrap=True)  # values wrap instead
+    grid.add_column()
     for name, text in _lines(artifact):
         grid.add_row(name, Text(text))
     return grid
