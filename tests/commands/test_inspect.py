@@ -50,7 +50,7 @@ def test_one_screen(run: Path, matkv: Program, gemma3: Tiny) -> None:
 
 def test_long_facts_leave_their_names(run: Path, matkv: Program, gemma3: Tiny) -> None:
     settings = {"expansions": 36, "search_tokens": 2048, "held_out_tokens": 4096, "samples": 1}
-    replace(gemma3.artifact, base_model="org/" + "long" * 40).with_history(
+    replace(gemma3.artifact, base_model="org/" + "long" * 80).with_history(
         Allocated(settings=settings | {"drops": 1, "batched": 1, "seed": 0}, seconds=137.1)
     ).save(run)
     firsts = [line.split("  ")[0] for line in matkv("inspect", run).out.splitlines()]
