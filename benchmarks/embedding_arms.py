@@ -49,7 +49,7 @@ from matkv.embeddings.train import base_loss, fit, ladder_loss
 from matkv.files import replacing
 from matkv.report.sections.sizes import arms_picture
 
-ROWS = Kind("arms", ("task", "arm", "seed", "steps", "batch_size"))
+ROWS = Kind("arms", ("task", "arm", "seed", "steps", "batch_size", "lr"))
 DEMO_ARMS = ("untrained", "random 2D", "ladder", "separate")
 # A step of the ladder over one of the full size alone: generous to the arm that it is given to, as
 # benchmarks/embedding_cost.py measures 1.01.
@@ -157,12 +157,16 @@ ARMS: dict[str, Callable[[Bench, EmbedConfig], tuple[Values, float]]] = {
 
 def run(bench: Bench, arm: str, config: EmbedConfig) -> dict[str, Any]:
     """The row of an arm, measured unless it is there."""
-    # What is not trained has neither a seed nor steps.
-    seed, steps = (0, 0) if arm == "untrained" else (config.seed, config.steps)
+    # What is not trained has none of the settings of a training.
+    trained = arm != "untrained"
     row: dict[str, Any] = {
-        "task": bench.name, "arm": arm, "seed": seed, "steps": steps,
+        "task": bench.name,
+        "arm": arm,
+        "seed": config.seed if trained else 0,
+        "steps": config.steps if trained else 0,
         "batch_size": config.batch_size,
-    }  # fmt: skip
+        "lr": config.lr if trained else 0.0,
+    }
     results = Results(bench.folder, ROWS)
     if (old := results.find(row)) is not None:
         return old
@@ -268,6 +272,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", action="append", type=int, help="repeatable")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--max-tokens", type=int, default=32, help="of a text, in training")
     parser.add_argument("--eval-tokens", type=int, help="of a text, when measured")
     parser.add_argument("--triplets", type=Path, help="to train on, with --pairs to measure")
@@ -302,6 +307,7 @@ def main() -> None:
             steps=args.steps,
             batch_size=args.batch_size,
             max_tokens=args.max_tokens,
+            lr=args.lr,
             save_every=args.steps,
             seed=seed,
         )

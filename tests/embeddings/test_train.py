@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,23 @@ def test_a_model_is_a_directory_or_an_installed_package(
     for name in ("some-tiny-embedder", "some_tiny.embedder", str(package / "data" / "model")):
         assert np.array_equal(load_embedder(name).encode(TEXTS), build("bert").encode(TEXTS))
     assert "some_tiny_embedder" not in sys.modules
+
+
+def test_a_package_may_have_another_name_than_its_module_and_an_archive_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("bert").save_pretrained(str(tmp_path / "model"))
+    (tmp_path / "its_module").mkdir()
+    with zipfile.ZipFile(tmp_path / "its_module" / "a.zip", "w") as other:
+        other.writestr("readme.txt", "no model")
+    shutil.make_archive(str(tmp_path / "its_module" / "model"), "zip", tmp_path, "model")
+    about = tmp_path / "named_otherwise-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: named-otherwise\nVersion: 1.0\n")
+    (about / "RECORD").write_text("its_module/a.zip,,\nits_module/model.zip,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("named-otherwise", "its-module"):
+        assert np.array_equal(load_embedder(name).encode(TEXTS), build("bert").encode(TEXTS))
 
 
 def test_a_plain_transformers_model_gets_mean_pooling(tmp_path: Path) -> None:

