@@ -10,7 +10,7 @@ Arms, all from the same model, with the same steps of the same batches of a seed
     random 2D     Matryoshka2dLoss of sentence-transformers: a random layer and dimension a step
     ladder        LadderLoss, all sizes every step
     distilled     the same, the full size teaching the others
-    full x3       the same, the full size counting three times
+    full x5       the same, the full size counting five times
     separate      a model for every size, cut first and trained for it alone
     equal time    the same, with one ladder's time shared out among all of them
     smae          a ladder on a model pre-trained by examples/smae.py (--pretrained)
@@ -110,7 +110,7 @@ def distilled(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
 
 
 def weighted(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
-    return ladder(bench, replace(config, distill=1.0, full_weight=3.0))
+    return ladder(bench, replace(config, distill=1.0, full_weight=5.0))
 
 
 def smae(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
@@ -148,7 +148,7 @@ ARMS: dict[str, Callable[[Bench, EmbedConfig], tuple[Values, float]]] = {
     "random 2D": random_2d,
     "ladder": ladder,
     "distilled": distilled,
-    "full x3": weighted,
+    "full x5": weighted,
     "separate": separate,
     "equal time": equal_time,
     "smae": smae,

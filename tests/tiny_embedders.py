@@ -64,6 +64,8 @@ MORE: dict[str, Callable[[], PreTrainedConfig]] = {
         vocab_size=len(VOCAB), d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=LAYERS, num_heads=4,
     ),
     "llama": lambda: transformers.LlamaConfig(**DECODER),
+    "mistral": lambda: transformers.MistralConfig(**DECODER, head_dim=8, sliding_window=4),
+    "roberta": lambda: transformers.RobertaConfig(**COMMON),
 }  # fmt: skip
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "albert": lambda: transformers.AlbertConfig(**COMMON, embedding_size=16),

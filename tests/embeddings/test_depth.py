@@ -15,7 +15,7 @@ from matkv.embeddings.depth import apply_cut, backbone_of, cut, evaluating, reco
 from matkv.errors import MatkvError, UnsupportedModelError
 from tiny_embedders import ARCHITECTURES, HIDDEN, LAYERS, MORE, TEXTS, build
 
-PRE_NORM = {"modernbert", "qwen3", "gemma3", "t5", "llama"}
+PRE_NORM = {"modernbert", "qwen3", "gemma3", "t5", "llama", "mistral"}
 
 
 # DeBERTa's module compiles with torch.jit in older versions of transformers.
@@ -81,6 +81,17 @@ def test_more_than_a_norm_after_the_last_layer_is_refused() -> None:
 
     model[0].model.encoder.register_forward_hook(more)
     with pytest.raises(UnsupportedModelError, match="does more after its last layer than a norm"):
+        backbone_of(model)
+
+
+def test_a_backbone_that_cannot_read_short_texts_is_refused_in_one_line() -> None:
+    model = build("bert")
+
+    def fail(module: nn.Module, inputs: Any) -> None:
+        raise ValueError("shape [4, 8] is invalid\nand more")
+
+    model[0].model.encoder.register_forward_pre_hook(fail)
+    with pytest.raises(UnsupportedModelError, match=r"short texts: shape \[4, 8\] is invalid$"):
         backbone_of(model)
 
 

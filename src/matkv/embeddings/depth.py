@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
-from matkv.errors import UnsupportedModelError
+from matkv.errors import UnsupportedModelError, first_line
 
 PROBE = ["two words", "and a few more of them"]
 CLOSE = 1e-4  # kernels may round a cut model differently; a missing norm is off by far more
@@ -160,7 +160,12 @@ def _probe(model: SentenceTransformer) -> dict[str, Any]:
     """What the first module gives for a few tokens."""
     with evaluating(model[0]):
         features = batch_to_device(model.preprocess(list(PROBE)), model.device)
-        out: dict[str, Any] = model[0](features)
+        try:
+            out: dict[str, Any] = model[0](features)
+        except Exception as error:  # every backbone has errors of its own
+            raise UnsupportedModelError(
+                f"the backbone cannot read two short texts: {first_line(error)}"
+            ) from error
     return out
 
 

