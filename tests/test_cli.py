@@ -245,3 +245,23 @@ def test_what_is_light_stays_light(code: str) -> None:
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert "matkv.settings" in loaded and not heavy & loaded
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device: choose another place"),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogate"), "is not UTF-8"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    tools: Call, folder: Path, tmp_path: Path, error: Exception, told: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    tools[0].setattr(calibrate_command, "check_target", fail)
+    code, _, err = call(*tools, *calibrate(folder, tmp_path / "run"))
+    assert code == 2
+    assert err.startswith("error: ") and told in err and err.count("\n") == 1

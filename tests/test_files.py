@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+import matkv.files
 from matkv.errors import DataError
 from matkv.files import (
     cache_home,
+    hub_answers,
+    is_path,
+    only_fetched,
+    read_json,
     read_json_lines,
     read_text,
     recover_directory,
@@ -41,7 +46,14 @@ def test_json_lines_say_where_they_stand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": 1}\n{', "line 2: not JSON"), (b"\xff", "not UTF-8 at byte 0"), (None, "cannot read")],
+    [
+        (b'{"a": 1}\n{', "line 2: not JSON"),
+        (b"[" * 100_000, "line 1: not JSON .*nested too deeply"),
+        (b"1" * 5000, "line 1: not JSON"),
+        (b'["\\ud800"]', "line 1: half of a surrogate pair"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (None, "cannot read"),
+    ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -101,3 +113,57 @@ def test_what_kills_left_is_put_back_or_swept(tmp_path: Path) -> None:
     with replacing_directory(target, written=()):
         pass
     assert sorted(os.listdir(tmp_path)) == [".run.new-2", "run"]
+
+
+def test_whoever_stands_in_a_directory_stands_in_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    (run / "inner").mkdir(parents=True)
+    for here in (run / "inner", run):
+        monkeypatch.chdir(here)
+        with replacing_directory(run, ()) as new:
+            (new / "made").write_text("anew")
+        assert Path.cwd() == here
+        assert (run / "made").samefile(Path(os.path.relpath(run, here)) / "made")
+    with replacing_directory(run, None):
+        pass
+    assert os.listdir() == []
+    with pytest.raises(OSError, match="cannot be replaced"), replacing_directory(Path("/"), ()):
+        pass
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_directory_is_no_file_to_write(name: str) -> None:
+    with pytest.raises(IsADirectoryError), replacing(Path(name)):
+        pass
+
+
+def test_json_of_every_kind_is_a_value_error(tmp_path: Path) -> None:
+    for content in (b"[" * 100_000, b"\xff", b"{", b"9" * 5000):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ValueError):
+            read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ["./a", "../a", "/a", "~/a", "a/b/c", "x" * 5000 + "/../a"])
+def test_paths_are_told_from_names_of_the_hub(name: str) -> None:
+    assert is_path(name)
+    assert not is_path("somebody/something")
+    assert not is_path("x" * 5000)
+
+
+@pytest.mark.parametrize("answer", [404, OSError("no route")])
+def test_the_hub_answers_with_whatever_it_says(
+    monkeypatch: pytest.MonkeyPatch, answer: int | OSError
+) -> None:
+    class Session:
+        def head(self, address: str, timeout: float) -> int:
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(matkv.files, "get_session", Session)
+    assert hub_answers() is (answer == 404)
+    assert only_fetched("somebody/something") is not (answer == 404)
+    assert only_fetched("./here") is False

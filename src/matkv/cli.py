@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from importlib import import_module
@@ -35,6 +36,7 @@ COMMANDS = {
 # How typer and what it is made of say that a command line is wrong.
 UsageError: Any = typer.BadParameter.mro()[2]
 OUT_OF_MEMORY = ("memory", "overflow")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Commands(TyperGroup):
@@ -107,6 +109,13 @@ def main() -> None:
     except UsageError as error:
         where = error.ctx.command_path if getattr(error, "ctx", None) else "matkv"
         console.refuse(f"{error.format_message().rstrip('.')}: see {where} --help")
+    except UnicodeEncodeError as error:
+        console.refuse(f"{error.object!r} is not UTF-8: name or write it in UTF-8")
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_FULL:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        console.refuse(f"{where}{error.strerror or error}: choose another place, or make room")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(
             word in str(error) for word in OUT_OF_MEMORY

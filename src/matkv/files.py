@@ -7,6 +7,7 @@ leaves what was there before.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -19,12 +20,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_session
 from safetensors.torch import save
 from torch import Tensor
 
 from matkv.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+HUB_SECONDS = 5.0  # to connect, and to answer
 
 
 def cache_home() -> Path:
@@ -44,6 +48,33 @@ def digest(*parts: bytes) -> str:
     return total.hexdigest()[:12]
 
 
+# ---- names
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether a name is a path: there, or no name that the hub could give."""
+    text = str(name)
+    return os.path.exists(text) or text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def only_fetched(name: str | Path) -> bool:
+    """Whether all there can be of a name is what was fetched before: the hub does not answer.
+
+    Its client asks a hub out of reach again and again for the better part of a minute, for every
+    file. Asked once here, a slip in a name is an error within seconds, with a network or without.
+    """
+    return not is_path(name) and not hub_answers()
+
+
+def hub_answers() -> bool:
+    """Whether the hub answers, be it with no; False too where `HF_HUB_OFFLINE` is set."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # the client's errors are those of one HTTP library or another
+        return False
+    return True
+
+
 # ---- reading
 
 
@@ -61,6 +92,19 @@ def read_text(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """What every line of a JSONL file holds, and where it stands, for errors; blank lines left out.
 
@@ -72,10 +116,21 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg})") from error
+        yield where, _parsed(where, line)
+
+
+def _parsed(where: str, line: str) -> Any:
+    try:
+        data = json.loads(line)
+        if "\\u" in line:
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half of a surrogate pair, which is no character") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: not JSON that can be read (nested too deeply)") from error
+    except ValueError as error:  # of numbers with thousands of digits too
+        raise DataError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from error
+    return data
 
 
 # ---- writing
@@ -86,7 +141,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file to: renamed to it at the end, gone after an error.
 
     Folders above are made. The suffix stays, for those who tell formats by it.
+
+    Raises:
+        OSError: it cannot be written, or names no file.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory, not a file", str(path))
     new = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +179,12 @@ def replacing_directory(target: Path, written: Collection[str] | None) -> Iterat
     """A new directory beside `target` that takes its place at the end, and is gone after an error.
 
     It starts with everything of the old one but the names in `written`; empty where that is None.
+
+    Raises:
+        OSError: it cannot be written, or is the root of all.
     """
+    if not target.name:
+        raise OSError(errno.EBUSY, "cannot be replaced", str(target))
     recover_directory(target)
     _sweep(target)
     new = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
@@ -130,7 +195,8 @@ def replacing_directory(target: Path, written: Collection[str] | None) -> Iterat
         else:
             _copy_others(target, new, written)
         yield new
-        _swap(new, target)
+        with _following(target):
+            _swap(new, target)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -138,8 +204,10 @@ def replacing_directory(target: Path, written: Collection[str] | None) -> Iterat
 
 def recover_directory(target: Path) -> None:
     """Put back the directory that a kill between the renames of `_swap` left aside."""
+    if os.path.exists(target):
+        return
     old = _aside(target)
-    if not target.exists() and old.is_dir():
+    if os.path.isdir(old):
         logger.warning("a save to %s was cut off: what was there before is put back", target)
         old.rename(target)
 
@@ -181,6 +249,19 @@ def _swap(new: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _following(target: Path) -> Iterator[None]:
+    """Whoever stands in `target` stands in what takes its place, and not in a removed directory."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        here = target.parent
+    inside = here.is_relative_to(target)
+    yield
+    if inside:
+        os.chdir(here if here.is_dir() else target)
 
 
 def _aside(target: Path) -> Path:

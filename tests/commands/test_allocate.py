@@ -187,3 +187,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     given = [option.format(tmp=tmp_path) for option in options]
     assert message in matkv(*asked, *given).refusal()
     assert not Artifact.load(run).tables
+
+
+def test_a_run_one_stands_in(
+    asked: list[Word], run: Path, matkv: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked[1] = "."
+    monkeypatch.chdir(run)
+    ended = matkv(*asked, *BUDGETS, "--picture", "ranks.png")
+    assert ended.code == 0, ended.err
+    assert (run / "ranks.png").read_bytes().startswith(PNG)
+    assert set(Artifact.load(run).tables) == {0.5, 0.75}

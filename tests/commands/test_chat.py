@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,16 @@ def test_commands_of_a_conversation(run: Path, matkv: Program, typed: Any) -> No
     assert ended.err.count("of the full cache's") == 2
 
 
+def test_bytes_that_are_no_utf8_end_no_conversation(
+    run: Path, matkv: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    ended = matkv("chat", run, "--max-new-tokens", 2)
+    assert ended.code == 0, ended.err
+    assert ended.err.count("of the full cache's") == 2
+
+
 def test_an_error_ends_the_turn_and_not_the_conversation(
     run: Path, matkv: Program, typed: Any
 ) -> None:
@@ -254,6 +265,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
+    def prompt(self) -> str:
+        """What is shown up to the next prompt, once the program waits for keys.
+
+        Between showing a prompt and waiting, Python's readline loses a Ctrl-C.
+        """
+        found = self.until("you: ")
+        time.sleep(0.5)
+        return found
+
     def until(self, text: str, seconds: float = 90) -> str:
         """What is shown up to `text` and has not been read before."""
         deadline = time.monotonic() + seconds
@@ -264,33 +284,32 @@ class Terminal:
         found, _, self.shown = self.shown.partition(text)
         return found
 
-    def wait(self) -> int:
-        try:
-            return self.program.wait(60)
-        finally:
-            self.program.kill()
-            os.close(self.end)
+    def close(self) -> None:
+        self.program.kill()
+        self.program.wait()
+        os.close(self.end)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
 def test_on_a_terminal_lines_are_edited_pasted_and_cut_short(run: Path) -> None:
-    chat = Terminal("chat", str(run), "--max-new-tokens", "100000", "--model", str(_endless(run)))
-    chat.until("you: ")
-    chat.type("half a line\x03")
-    chat.until("you: ")
-    chat.type("helxx\x7f\x7flo\n")
-    chat.until("\n")
-    time.sleep(1.5)
-    chat.type("\x03")
-    assert "stopped" in chat.until("you: ")
-    chat.type("one\ntwo\nthree\n")
-    time.sleep(1.5)
-    chat.type("\x03")
-    assert chat.until("you: ").count("stopped") == 1
-    chat.type("\x1b[A\x1b[A\x1b[A\x1b[A")
-    assert "hello" in chat.until("hello", 20) + "hello"
-    chat.type("\x15\x04")
-    assert chat.wait() == 0
+    words = ("chat", str(run), "--max-new-tokens", "100000", "--model", str(_endless(run)))
+    with closing(Terminal(*words)) as chat:
+        chat.prompt()
+        chat.type("half a line\x03")
+        chat.prompt()
+        chat.type("helxx\x7f\x7flo\n")
+        chat.until("\n")
+        time.sleep(1.5)
+        chat.type("\x03")
+        assert "stopped" in chat.prompt()
+        chat.type("one\ntwo\nthree\n")
+        time.sleep(1.5)
+        chat.type("\x03")
+        assert chat.prompt().count("stopped") == 1
+        chat.type("\x1b[A\x1b[A\x1b[A\x1b[A")
+        chat.until("hello", 20)
+        chat.type("\x15\x04")
+        assert chat.program.wait(60) == 0
 
 
 def _endless(run: Path) -> Path:

@@ -230,3 +230,18 @@ def test_progress_and_losses_are_numbers(
     assert [at.done for at in seen] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(loss) and loss > 0 for loss in (at.figures["loss"] for at in seen))
     assert seen[-1].figures["tokens"] == 6 * 2 * 32
+
+
+def test_a_run_one_stands_in(
+    asked: list[Word], run: Path, matkv: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked[1] = "."
+    monkeypatch.chdir(run)
+    press_at(4, monkeypatch)
+    assert matkv(*asked).code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(run)
+    ended = matkv(*asked, "--resume")
+    assert ended.code == 0, ended.err
+    assert Artifact.load(run).history[-1]["stage"] == "distill"
+    assert not list(run.parent.glob(".run.*"))

@@ -95,3 +95,9 @@ def test_a_model_without_a_name_has_to_be_named(run: Path, home: Path, matkv: Pr
     asked: list[Word] = ["generate", run, "hello", "--max-new-tokens", 2]
     assert "a model without a name: say where it is with --model" in matkv(*asked).refusal()
     assert matkv(*asked, "--model", home / "model").code == 0
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_bytes_that_are_no_utf8_are_refused(run: Path, matkv: Program, raw: list[str]) -> None:
+    """As Python hands them on from a command line."""
+    assert "is not UTF-8" in matkv("generate", run, "caf\udce9", *raw).refusal()

@@ -66,12 +66,19 @@ def test_directory_without_text_files_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- hub data
 
 
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that answers, for stand-ins of `datasets`."""
+    monkeypatch.setattr("matkv.data.hub.hub_answers", lambda: True)
+
+
 class HubDataset(dict[str, list[Any]]):
     @property
     def column_names(self) -> list[str]:
         return list(self)
 
 
+@pytest.mark.usefixtures("answering")
 def test_hub_name_configuration_and_split_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str | None, str]] = []
 
@@ -85,6 +92,22 @@ def test_hub_name_configuration_and_split_are_passed_on(monkeypatch: pytest.Monk
     assert calls == [("owner/name", "config", "validation"), ("name", None, "train")]
 
 
+def test_datasets_asks_no_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("datasets.config")
+    seen = []
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *_, **__: seen.append(config.HF_HUB_OFFLINE) or {}
+    )
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    for answers in (True, False):
+        monkeypatch.setattr("matkv.data.hub.hub_answers", lambda answers=answers: answers)
+        with pytest.raises(AttributeError):
+            data.read_texts("hub:x", "train")
+    assert seen == [False, True]
+    assert config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.usefixtures("answering")
 def test_hub_failures_become_data_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown_split(name: str, config: str | None, *, split: str) -> HubDataset:
         raise ValueError("Unknown split")

@@ -11,6 +11,15 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from bad_values import (
+    DIGITS,
+    LONG,
+    NOT_COUNTS,
+    NOT_DEVICES,
+    NOT_NUMBERS,
+    NOT_SEEDS,
+    assert_refused,
+)
 from matkv.embeddings import rung_table
 from matkv.embeddings.data import read_scored
 from matkv.embeddings.measure import similarity_evaluator
@@ -177,7 +186,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "nothing to resume": (
         ["train", "model", "--data", "train.jsonl", "-o", "o", "--resume"],
-        "no checkpoint in .o.checkpoints",
+        "/.o.checkpoints: start without --resume",
     ),
     "no recipe": (
         ["train", "model", "--data", "train.jsonl", "-o", "o", "--config", "none.toml"],
@@ -190,6 +199,16 @@ BAD: dict[str, tuple[list[str], str]] = {
         "layer 9 of 9x9 must be in 1..4",
     ),
     "no layers": (["evaluate", "albert", "--pairs", "pairs.jsonl"], "share their weights"),
+    "another kind of config": (["truncate", "listed", "2x8", "-o", "o"], "not an object"),
+    "a deep config": (["truncate", "nested", "2x8", "-o", "o"], "nested too deeply"),
+    "half a character": (
+        ["train", "model", "--data", "half.jsonl", "-o", "o"],
+        "half.jsonl, line 1: half of a surrogate pair",
+    ),
+    "too many digits": (
+        ["train", "model", "--data", "digits.jsonl", "-o", "o"],
+        "digits.jsonl, line 1: not JSON",
+    ),
     "a cache artifact": (["truncate", "artifact", "2x8", "-o", "o"], "key/value caches"),
 }
 
@@ -199,6 +218,11 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, desk: Path, call: Call
     (desk / "bad.jsonl").write_text('{"anchor": "a", "positive": "b"}\n{"anchor": ')
     if not (desk / "albert").exists():
         build("albert").save_pretrained(str(desk / "albert"))
+    (desk / "half.jsonl").write_text('{"anchor": "a", "positive": "\\ud800"}')
+    (desk / "digits.jsonl").write_text(f'{{"anchor": {DIGITS}}}')
+    for name, config in (("listed", "[1]"), ("nested", "[" * 100_000)):
+        (desk / name).mkdir(exist_ok=True)
+        (desk / name / "config.json").write_text(config)
     (desk / "artifact").mkdir(exist_ok=True)
     (desk / "artifact" / "config.json").write_text('{"base_model": "x"}')
     arguments, message = BAD[case]
@@ -206,4 +230,51 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, desk: Path, call: Call
     assert ended.code == 2, ended.err
     assert message in " ".join(ended.err.split())
     assert "Traceback" not in ended.err
+    assert not (desk / "o").exists()
+
+
+NOT_SIZES = ("", "x", "2", "0x8", "9x9", "2x33", "-1x8", f"{DIGITS}x8", "[/red]")
+NOT_FILES = ("", ".", "/", "none.jsonl", "/dev/null", LONG)
+NOT_MODELS = ("", ".", "none-at-all", "train.jsonl", "[/red]", LONG)
+VALUES: dict[str, dict[str, tuple[str, ...]]] = {
+    "train model --data train.jsonl -o o": {
+        "--rungs": (*NOT_SIZES, "1x8,1x8"),
+        "--loss": ("", "x", "[/red]"),
+        "--schedule": ("", "x"),
+        "--distill": ("", "x", "nan", "inf", "-1"),
+        "--steps": NOT_COUNTS,
+        "--batch-size": NOT_COUNTS,
+        "--max-tokens": NOT_COUNTS,
+        "--lr": (*NOT_NUMBERS, "0"),
+        "--seed": NOT_SEEDS,
+        "--data": NOT_FILES,
+        "--config": ("", ".", "none.toml", "train.jsonl", LONG),
+        "--device": NOT_DEVICES,
+        "-o": ("/", ".", "train.jsonl", "/dev/null", LONG),
+    },
+    "evaluate model --pairs pairs.jsonl": {
+        "--rungs": (*NOT_SIZES, "1x8,1x8"),
+        "--pairs": NOT_FILES,
+        "--corpus": NOT_FILES,
+        "--batch-size": NOT_COUNTS,
+        "--picture": ("", ".", "/", "/dev/null/x.png", LONG),
+        "--device": NOT_DEVICES,
+    },
+    "evaluate --pairs pairs.jsonl --": {"": NOT_MODELS},
+    "truncate model 2x8 -o o": {"--device": NOT_DEVICES, "-o": ("/", ".", "/dev/null", LONG)},
+    "truncate model -o o --": {"": NOT_SIZES},
+}
+CASES = [
+    (command, option, value)
+    for command, options in VALUES.items()
+    for option, values in options.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), CASES)
+def test_a_bad_value_is_one_line_and_exit_code_2(
+    call: Call, desk: Path, command: str, option: str, value: str
+) -> None:
+    assert_refused(call(*command.split(), *([option] if option else []), value))
     assert not (desk / "o").exists()

@@ -8,6 +8,7 @@ import pytest
 
 import matkv
 from matkv.errors import ModelError
+from matkv.models.load import load_config
 from tiny import save_model
 
 
@@ -35,6 +36,27 @@ def test_damaged_files_are_an_error_of_one_line(tmp_path: Path, name: str, conte
     with pytest.raises(ModelError, match=rf"cannot load {tmp_path}: ") as caught:
         matkv.load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its client would ask again and again, for the better part of a minute."""
+    asked = []
+    monkeypatch.setattr("matkv.files.hub_answers", lambda: bool(asked.append(1)))
+    with pytest.raises(ModelError, match="cannot load no-model-at-all: "):
+        matkv.load_model("no-model-at-all")
+    with pytest.raises(ModelError, match="no config of a model in nobody/nothing"):
+        load_config("nobody/nothing")
+    assert len(asked) == 2
+    assert "Retrying" not in caplog.text
+
+
+def test_a_directory_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model")
+    monkeypatch.setattr("matkv.files.hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    matkv.load_model("model")
 
 
 @pytest.mark.parametrize("name", ["", " "])

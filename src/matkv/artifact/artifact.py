@@ -37,7 +37,7 @@ from matkv.artifact.storage import (
 )
 from matkv.bases.maps import Maps, SideBases
 from matkv.errors import ArtifactError, BudgetError, FingerprintError, RankError
-from matkv.files import digest, recover_directory, replacing_directory, save_tensors
+from matkv.files import digest, is_path, recover_directory, replacing_directory, save_tensors
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
 
 logger = logging.getLogger(__name__)
@@ -239,8 +239,7 @@ class Artifact:
             ArtifactError: there is neither, or see `load`.
         """
         name = str(name_or_path)
-        # A hub's name has one slash at most, and nothing else of a path.
-        if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if is_path(name):
             return cls.load(name)
         options = {"revision": revision, "token": token, "cache_dir": cache_dir}
         return cls.load(download(name, **options, local_files_only=local_files_only))

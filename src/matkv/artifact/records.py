@@ -16,7 +16,6 @@ import torch
 from matkv.files import digest
 
 Record = dict[str, Any]
-PACKAGES = ("matkv", "torch", "transformers")
 
 
 def made(**settings: Any) -> Record:
@@ -38,9 +37,13 @@ def weights_digest(model: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of matkv, of what it stands on, and of Python."""
-    found = {name: _version(name) for name in PACKAGES}
-    return found | {"python": platform.python_version()}
+    """Of matkv, of what it stands on, and of Python; torch's says which build it is."""
+    return {
+        "matkv": _version("matkv"),
+        "torch": str(torch.__version__),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+    }
 
 
 def command_line() -> str:

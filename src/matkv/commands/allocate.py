@@ -49,12 +49,13 @@ def allocate_command(
 ) -> None:
     """Find the rank of every layer, head and side, for a curve of budgets at once."""
     target = out or run
+    place = target.resolve()
     check_target(target)
     config = replace(config, constraints=constraints)
     artifact, model, tokenizer = loading.open(run)
     solved = training_texts(tasks.split(","), tasks_dir) if tasks is not None else None
     batches = _search_batches(tokenizer, data.read_texts(text, "train"), solved, length, config)
-    state = target.with_name(f".{target.name}.allocate.jsonl")
+    state = place.with_name(f".{place.name}.allocate.jsonl")
     with progress_bar("searching") as update:
         found = allocate(model, artifact, batches, config, state=state, on_progress=update)
     found.save(target)

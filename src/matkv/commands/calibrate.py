@@ -27,7 +27,7 @@ def calibrate_command(
     text: TextOpt = "default",
     tokens: Annotated[int, typer.Option(help="tokens to read", min=1)] = 65_536,
     length: Annotated[int, typer.Option(help="tokens of one sequence", min=1)] = 512,
-    batch_size: Annotated[int, typer.Option(help="sequences at once", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="sequences at once", min=1, max=2**16)] = 8,
     as_json: JsonOpt = False,
 ) -> None:
     """Make an artifact from one pass over text: bases for every layer and KV head."""

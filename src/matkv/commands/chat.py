@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from io import TextIOWrapper
 from types import ModuleType
 
 from matkv.artifact.setting import Setting
@@ -94,6 +95,8 @@ def _print_note(text: str) -> None:
 def _messages() -> Iterator[str]:
     """What is typed or piped in, message by message, until it ends; empty ones are left out."""
     editor = _line_editor()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 end no conversation
     while True:
         try:
             message = _read_message(editor).strip()

@@ -23,6 +23,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record
 from matkv.artifact.results import Results
 from matkv.artifact.setting import Setting
+from matkv.artifact.storage import check_target
 from matkv.cache.cache import full_states, refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.commands import console
@@ -61,6 +62,7 @@ DISTILL = DistillConfig(
 # tables found on shorter ones lose to uniform ranks there.
 ALLOCATE = AllocateConfig(expansions=8, search_tokens=1024, held_out_tokens=1024)
 PROMPT = PROMPTS[0]
+KINDS = {"pca": CalibrateConfig(key="pca", value="pca"), "calibrated": CalibrateConfig()}
 MAIN = "distilled"  # the artifact that ends with all there is
 
 
@@ -97,11 +99,10 @@ class DemoConfig:
     answer_tokens: Count = 64
 
 
-Tell = Callable[[RenderableType], None]
-
-
 def demo(
-    out: Path, config: DemoConfig | None = None, tell: Tell = console.out.print
+    out: Path,
+    config: DemoConfig | None = None,
+    tell: Callable[[RenderableType], None] = console.out.print,
 ) -> dict[str, Any]:
     """Calibrate, distill and allocate, compress the cache, and measure.
 
@@ -110,10 +111,9 @@ def demo(
     """
     config = config or DemoConfig()
     started = time.perf_counter()
+    texts, held_out = _prepare(config, out)
     with _stage("loading"), console.status(f"loading {config.model}"):
         model, tokenizer = load_model(config.model)
-    texts = data.read_texts(config.text, "train")
-    held_out = data.read_texts(config.held_out, "validation")
     windows_NT = data.text_windows(tokenizer, held_out, config.score_length, config.score_tokens)
     scores = Scores(out=out, model=model, tokenizer=tokenizer, windows_NT=windows_NT, config=config)
     plain, near = Setting(uniform=True), Setting(uniform=True, recent=config.recent)
@@ -157,6 +157,16 @@ def demo(
         "plot": str(plot),
         "seconds": seconds,
     }
+
+
+def _prepare(config: DemoConfig, out: Path) -> tuple[list[str], list[str]]:
+    """Texts to train and to measure on, once it is sure that runs can go to `out`."""
+    texts = data.read_texts(config.text, "train")
+    held_out = data.read_texts(config.held_out, "validation")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (*KINDS, MAIN):
+        check_target(out / name)
+    return texts, held_out
 
 
 @contextmanager
@@ -208,12 +218,8 @@ def _calibrate(
     windows_NT = data.text_windows(tokenizer, texts, length, count)
     with progress_bar("calibrating", windows_NT.numel()) as update:
         layers, tokens = collect_moments(model, data.batches(windows_NT, 8), on_progress=update)
-    kinds = {
-        "pca": CalibrateConfig(key="pca", value="pca"),
-        "calibrated": CalibrateConfig(),
-    }
     artifacts = {}
-    for name, kind in kinds.items():
+    for name, kind in KINDS.items():
         artifacts[name] = artifact_from(model, layers, kind, tokens=tokens)
         artifacts[name].save(out / name)
     return artifacts

@@ -44,14 +44,15 @@ def distill_command(
     100 steps, unless --config, --steps, --tokens or --minutes say otherwise.
     """
     target = out or run
+    place = target.resolve()
     check_target(target)
     if recipe is None and not {"steps", "tokens", "minutes"} & set(given.values):
         given.values["steps"] = STEPS
     config = given.over(recipe)
     artifact, model, tokenizer = loading.open(run)
     examples, held_out = _examples(tokenizer, text, chats, config.sequence_length)
-    checkpoints = target.with_name(f".{target.name}.checkpoints")
-    in_place = target.resolve() == run.resolve()
+    checkpoints = place.with_name(f".{place.name}.checkpoints")
+    in_place = place == run.resolve()
     artifact = start_of(artifact, checkpoints, resume=resume, in_place=in_place)
     with progress_bar("training") as update:
         trained = distill(

@@ -118,9 +118,10 @@ def _train(
     from matkv.embeddings.train import fit, ladder_loss
 
     check_out(out)
+    place = out.resolve()
     columns = read_examples(data, config.loss)
     about = config.to_json() | {"model": model_name, "data": data_digest(columns)}
-    checkpoints = out.with_name(f".{out.name}.checkpoints")
+    checkpoints = place.with_name(f".{place.name}.checkpoints")
     if resume:
         check_same(checkpoints, about)
     model = load()
@@ -164,7 +165,7 @@ def evaluate_command(
     grid: Annotated[
         bool, typer.Option("--grid", help="every layer at the dimensions of the sizes")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="texts at once", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="texts at once", min=1, max=2**16)] = 32,
     picture: Annotated[Path | None, typer.Option(help="heat map of a grid, PNG")] = None,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,

@@ -14,7 +14,7 @@ from matkv.commands import console
 from matkv.commands.from_fields import from_fields
 from matkv.commands.memory import attach_setting, cache_use
 from matkv.commands.options import BudgetOpt, JsonOpt, Loading, NewTokensOpt, RunArg, Sampling
-from matkv.evaluate.samples import chat_ids, generate
+from matkv.evaluate.samples import chat_ids, generate, text_ids
 
 
 @from_fields(without=("budget",))
@@ -34,7 +34,7 @@ def generate_command(
     artifact, model, tokenizer = loading.open(run)
     table = attach_setting(model, artifact, setting)
     turns = [{"role": "user", "content": prompt}]
-    ids = tokenizer(prompt).input_ids if raw else chat_ids(tokenizer, turns)
+    ids = text_ids(tokenizer, prompt) if raw else chat_ids(tokenizer, turns)
     cache = LatentCache(model)
     streamer = (
         None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import typer
 
 from matkv.data.task_items import require_lm_eval
+from matkv.errors import MatkvError, first_line
 
 # lm-eval reads what it is given by itself, its --help too.
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -24,4 +25,11 @@ def lm_eval_command(context: typer.Context) -> None:
     import matkv.evaluate.lm_eval_model  # noqa: F401  adds the model to lm-eval's registry
 
     with patch.object(sys, "argv", ["matkv lm-eval", *context.args]):
-        cli_evaluate()
+        try:
+            cli_evaluate()
+        except MatkvError:
+            raise
+        except Exception as error:  # lm-eval's own for slips in what was passed on
+            raise MatkvError(
+                f"lm-eval ended with {type(error).__name__}: {first_line(error)}"
+            ) from error

@@ -20,7 +20,7 @@ BudgetOpt = Annotated[float, typer.Option(help="fraction of cache bytes to keep"
 JsonOpt = Annotated[bool, typer.Option("--json", help="print JSON to standard output")]
 TEXT_HELP = "default, a .txt or .jsonl file, a directory of .txt, or hub:NAME[:CONFIG]"
 TextOpt = Annotated[str, typer.Option(help=TEXT_HELP)]
-NewTokensOpt = Annotated[int, typer.Option(help="tokens to generate at most", min=1)]
+NewTokensOpt = Annotated[int, typer.Option(help="tokens to generate at most", min=1, max=2**24)]
 OutOpt = Annotated[
     Path | None, typer.Option("-o", "--out", help="artifact to write; RUN itself unless given")
 ]
@@ -57,7 +57,7 @@ class Loading:
     def open(self, run: Path) -> tuple[Artifact, PreTrainedModel, PreTrainedTokenizerBase]:
         """An artifact with its base model, or with the one that `--model` names instead."""
         artifact = Artifact.load(run)
-        name = self.model or artifact.base_model
+        name = artifact.base_model if self.model is None else self.model
         if not name:
             raise ModelError(f"{run} is of a model without a name: say where it is with --model")
         return artifact, *self.load(name)

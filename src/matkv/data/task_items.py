@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from matkv.data.hub import hub_or_fetched
 from matkv.errors import DataError, MatkvError
 from matkv.files import digest, read_json_lines
 
@@ -191,7 +192,8 @@ def _hub_tasks(names: Sequence[str]) -> list[LoadedTask]:
     loaded = []
     for name in names:
         try:
-            tasks = manager.load([name])["tasks"]
+            with hub_or_fetched():
+                tasks = manager.load([name])["tasks"]
         except (OSError, ValueError, RuntimeError) as error:  # what datasets raises offline
             raise DataError(
                 f"cannot load the data of {name}: {str(error).splitlines()[0][:200]}; without a "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matkv.data.articles import Split, default_articles
+from matkv.data.hub import hub_or_fetched
 from matkv.errors import DataError
 from matkv.files import read_json_lines, read_text
 
@@ -69,7 +70,8 @@ def _read_hub(source: str, split: Split) -> list[str]:
     except ImportError as error:
         raise DataError(f"{source} needs the package datasets: pip install datasets") from error
     try:
-        dataset: Any = load_dataset(name, config or None, split=split)
+        with hub_or_fetched():
+            dataset: Any = load_dataset(name, config or None, split=split)
     # Unknown names and lost connections are OSErrors, unknown configurations and splits ValueErrors
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load split {split!r} of {source}: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from tempfile import TemporaryDirectory
 from sentence_transformers import SentenceTransformer
 
 from matkv.errors import ModelError, first_line
+from matkv.files import only_fetched, read_json
+from matkv.models.dtype import as_device
 
 # What tells a model's directory: of sentence-transformers, else of transformers.
 MARKS = ("modules.json", "config.json")
@@ -30,16 +31,17 @@ def load_embedder(
     gets mean pooling, as sentence-transformers gives it.
 
     Raises:
-        ModelError: it cannot be found or loaded, or is no embedding model.
+        ModelError: it cannot be found or loaded, is no embedding model, or there is no such device.
     """
+    target = None if device is None else str(as_device(device))
     source = _source(name)
     try:
         with _unpacked(source) as found:
             return SentenceTransformer(
                 str(found),
-                device=device,
+                device=target,
                 trust_remote_code=trust_remote_code,
-                local_files_only=isinstance(found, Path),
+                local_files_only=isinstance(found, Path) or only_fetched(found),
             )
     except Exception as error:  # every library below has errors of its own
         raise ModelError(
@@ -66,7 +68,9 @@ def _check_directory(path: Path) -> None:
     if not config.is_file():
         raise ModelError(f"{path} has no modules.json and no config.json: it holds no model")
     try:
-        data = json.loads(config.read_text(encoding="utf-8"))
+        data = read_json(config)
+        if not isinstance(data, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise ModelError(f"{config} cannot be read: {error}") from error
     if "base_model" in data and "model_type" not in data:

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from matkv.embeddings.load import MARKS
 from matkv.errors import ModelError, TrainingError
-from matkv.files import replacing, replacing_directory
+from matkv.files import read_json, replacing, replacing_directory
 
 MADE = "matkv.json"
 RESULTS = "results"
@@ -45,7 +45,7 @@ def save_model(model: SentenceTransformer, out: Path, made: dict[str, Any] | Non
     check_out(out)
     old = [path.name for path in out.iterdir() if path.name != RESULTS] if out.is_dir() else []
     try:
-        with replacing_directory(out, old) as new:
+        with replacing_directory(out.resolve(), old) as new:
             model.save_pretrained(str(new))
             if made is not None:
                 text = json.dumps(made, indent=1)
@@ -64,7 +64,7 @@ def read_made(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = read_json(path)
         if not isinstance(made, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:

@@ -29,7 +29,7 @@ def parse(text: str) -> tuple[Size, ...]:
     """
     sizes = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)x(\d+)\s*", part, re.ASCII)
+        found = re.fullmatch(r"\s*(\d{1,9})x(\d{1,9})\s*", part, re.ASCII)
         if found is None or not all(int(number) for number in found.groups()):
             raise SizeError(f"size {part.strip()!r} must be LAYERxDIMENSION, as 2x64")
         sizes.append((int(found[1]), int(found[2])))

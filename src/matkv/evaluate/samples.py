@@ -16,7 +16,7 @@ from matkv.artifact.results import Kind, Results
 from matkv.artifact.setting import CACHE_KEYS, Setting
 from matkv.cache.cache import LatentCache
 from matkv.cache.naming import cache_argument
-from matkv.errors import MatkvError
+from matkv.errors import DataError, MatkvError
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
 from matkv.progress import own_randomness
@@ -39,10 +39,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) ->
     """Token ids of a conversation up to the answer; without a chat template, of its plain lines.
 
     Raises:
+        DataError: it holds bytes that were no UTF-8.
         MatkvError: the template refuses the conversation.
     """
     if not tokenizer.chat_template:
-        return list(tokenizer("\n".join(turn["content"] for turn in turns)).input_ids)
+        return text_ids(tokenizer, "\n".join(turn["content"] for turn in turns))
     from jinja2 import TemplateError  # transformers needs it for templates alone
 
     try:
@@ -53,7 +54,21 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) ->
             f"the model's chat template refuses the conversation: {reason}; generate --raw goes "
             "without it"
         ) from error
-    return list(tokenizer(str(text), add_special_tokens=False).input_ids)
+    return text_ids(tokenizer, str(text), special=False)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Token ids of a text, with the tokenizer's own beginning unless `special` is false.
+
+    Raises:
+        DataError: it holds bytes that were no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        cut = text[max(0, error.start - 20) : error.end + 20]
+        raise DataError(f"{cut!r} is not UTF-8: write it in UTF-8") from error
+    return list(tokenizer(text, add_special_tokens=special).input_ids)
 
 
 def generate(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from matkv.errors import ModelError, first_line
-from matkv.files import cache_home, replacing_directory
+from matkv.files import cache_home, read_json, replacing_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -87,7 +87,7 @@ def converted(path: Path, sha256: str, final: Path, dtype: torch.dtype) -> Path:
 def is_current(directory: Path, sha256: str) -> bool:
     """Whether a copy was made from this very source by this conversion, and no file was cut."""
     try:
-        recorded = json.loads((directory / SOURCE_FILE).read_text(encoding="utf-8"))
+        recorded = read_json(directory / SOURCE_FILE)
         sizes = {name: (directory / name).stat().st_size for name in recorded["files"]}
     except (OSError, ValueError, TypeError, KeyError):
         return False

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from matkv.errors import ModelError, UnsupportedModelError, first_line
+from matkv.files import only_fetched
 from matkv.models import gguf
 from matkv.models.default import DEFAULT_MODEL, default_model_dir
 from matkv.models.dtype import as_device, as_dtype, fastest, say_choice
@@ -46,9 +47,10 @@ def load_model(
     target = as_device(device)
     wanted = dtype if dtype == "auto" else as_dtype(dtype)
     source = _source(str(name))
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": only_fetched(source)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = _load(source, wanted, target, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = _load(source, wanted, target, options)
     except Exception as error:  # damaged and hostile files fail in every way there is
         raise ModelError(f"cannot load {name}: {first_line(error)} (a model is {KINDS})") from error
     if model.config.is_encoder_decoder:
@@ -66,9 +68,12 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
         ModelError: it cannot be found or is none.
     """
     path = Path(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     packed = path.suffix == ".gguf" and path.is_file()
     source = str(path.parent) if packed else _source(str(name))
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": only_fetched(source),
+    }
     try:
         if packed:
             options["gguf_file"] = path.name
@@ -84,19 +89,19 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
 
 
 def _load(
-    source: str, wanted: torch.dtype | str, device: torch.device, trust_remote_code: bool
+    source: str, wanted: torch.dtype | str, device: torch.device, options: dict[str, bool]
 ) -> PreTrainedModel:
     """The weights in the dtype that `wanted` means on `device`."""
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code
+            source, dtype=dtype, **options
         )
         return model
 
     if wanted != "auto":
         return load(wanted)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(source, **options)
     if getattr(config, "quantization_config", None) is not None:
         return load("auto")
     stored = config.dtype

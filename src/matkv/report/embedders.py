@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from matkv.artifact.records import Record, weights_digest
 from matkv.artifact.results import RESULTS, load_rows
 from matkv.errors import MatkvError
+from matkv.files import read_json
 from matkv.report.rows import number
 from matkv.report.runs import names_of
 
@@ -76,7 +76,7 @@ def _made(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = read_json(path)
         if not isinstance(made, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
