@@ -43,7 +43,12 @@ def test_a_hub_that_does_not_answer_is_asked_once(
 ) -> None:
     """Its client would ask again and again, for the better part of a minute."""
     asked = []
-    monkeypatch.setattr("matkv.files.hub_answers", lambda: bool(asked.append(1)))
+
+    def silent() -> bool:
+        asked.append(1)
+        return False
+
+    monkeypatch.setattr("matkv.files.hub_answers", silent)
     with pytest.raises(ModelError, match="cannot load no-model-at-all: "):
         matkv.load_model("no-model-at-all")
     with pytest.raises(ModelError, match="no config of a model in nobody/nothing"):

@@ -109,8 +109,7 @@ def demo(
     Writes `out`/pca, `out`/calibrated, `out`/distilled, each with what was measured of it in its
     results, and `out`/perplexity.png; returns what it measured. `tell` gets what is to be read.
     """
-    config = config or DemoConfig()
-    started = time.perf_counter()
+    config, started = config or DemoConfig(), time.perf_counter()
     texts, held_out = _prepare(config, out)
     with _stage("loading"), console.status(f"loading {config.model}"):
         model, tokenizer = load_model(config.model)
