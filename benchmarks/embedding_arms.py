@@ -10,7 +10,7 @@ Arms, all from the same model, with the same steps of the same batches of a seed
     random 2D     Matryoshka2dLoss of sentence-transformers: a random layer and dimension a step
     ladder        LadderLoss, all sizes every step
     distilled     the same, the full size teaching the others
-    full x5       the same, the full size counting five times
+    balanced      distilled, with gradients of all sizes equally large, the full one weighing 3
     separate      a model for every size, cut first and trained for it alone
     equal time    the same, with one ladder's time shared out among all of them
     smae          a ladder on a model pre-trained by examples/smae.py (--pretrained)
@@ -109,8 +109,8 @@ def distilled(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
     return ladder(bench, replace(config, distill=1.0))
 
 
-def weighted(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
-    return ladder(bench, replace(config, distill=1.0, full_weight=5.0))
+def balanced(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
+    return ladder(bench, replace(config, distill=1.0, balanced=True, full_weight=3.0))
 
 
 def smae(bench: Bench, config: EmbedConfig) -> tuple[Values, float]:
@@ -148,7 +148,7 @@ ARMS: dict[str, Callable[[Bench, EmbedConfig], tuple[Values, float]]] = {
     "random 2D": random_2d,
     "ladder": ladder,
     "distilled": distilled,
-    "full x5": weighted,
+    "balanced": balanced,
     "separate": separate,
     "equal time": equal_time,
     "smae": smae,
@@ -243,7 +243,8 @@ def _openings(texts: list[str]) -> Iterator[tuple[str, str]]:
 
 def table(bench: Bench, rows: list[dict[str, Any]]) -> Table:
     """Means over seeds, an arm a line; behind ± half the span of the means."""
-    shown = Table(title=bench.name, title_justify="left")
+    # Without lines it fits into the 80 columns that a file or a pipe has.
+    shown = Table(title=bench.name, title_justify="left", box=None, pad_edge=False)
     for column in ("arm", "seeds", *map(name, bench.sizes), "mean", "seconds"):
         shown.add_column(column, justify="right")
     for arm in dict.fromkeys(row["arm"] for row in rows):

@@ -37,7 +37,8 @@ class EmbedConfig:
     `loss` is "ranking" (MultipleNegativesRankingLoss, scale 20) on anchors with positives, and
     negatives where there are some, or "cosent" (CoSENTLoss) on scored pairs. With `distill` above 0
     the full size teaches the smaller ones, over the `distill_over` "candidates" of a batch or
-    "coordinates"; in the mean over sizes it counts `full_weight` times.
+    "coordinates"; in the mean over sizes it counts `full_weight` times. `balanced` keeps the small
+    sizes, whose losses are the largest, from crowding out the full one.
 
     AdamW, with `lr` after a share `warmup` of the steps and from there linearly to zero.
 
@@ -59,6 +60,7 @@ class EmbedConfig:
     )
     distill_over: Over = Field(default="candidates", description="candidates or coordinates")
     full_weight: Positive = Field(default=1.0, description="how often the full size counts")
+    balanced: bool = Field(default=False, description="gradients of all sizes equally large")
 
     steps: Count = Field(default=200, description="training steps")
     batch_size: Few = Field(default=64, description="examples a step")

@@ -52,8 +52,10 @@ class LadderLoss(nn.Module):
 
     over the sizes drawn; u(n,d), the first d dimensions after layer n, is exactly what
     `truncate(model, n, d)` serves, a final norm included. The a(n,d) are equal and sum to 1; the
-    full size may count `full_weight` times as much as another. `distill` is w; the full size
-    teaches, without a gradient, all the others drawn:
+    full size may count `full_weight` times as much as another. `balanced` divides the gradient of
+    every l by l, and multiplies it by their mean: that of Σ a log l up to a factor. The smallest
+    sizes, whose losses are the largest, then no longer crowd out the full one. `distill` is w; the
+    full size teaches, without a gradient, all the others drawn:
 
         over candidates     KL( softmax s(full) || softmax s(n,d) ), s the base loss's own scaled
                             similarities of a text to all candidates of its batch (section 3.2,
@@ -81,6 +83,7 @@ class LadderLoss(nn.Module):
         distill: float = 0.0,
         distill_over: Over = "candidates",
         full_weight: float = 1.0,
+        balanced: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -90,7 +93,7 @@ class LadderLoss(nn.Module):
         _check_schedule(schedule, self.full)
         self.model, self.loss, self.schedule = model, loss, schedule
         self.distill, self.distill_over = distill, distill_over
-        self.full_weight, self.seed = full_weight, seed
+        self.full_weight, self.balanced, self.seed = full_weight, balanced, seed
         self.step = 0
         # The Trainer may wrap `model`; its modules and its config stay these.
         self._bare = (model,)
@@ -107,10 +110,13 @@ class LadderLoss(nn.Module):
             self.step += 1
         columns, plain = self._embed(list(sentence_features), list(drawn))
         shares = self._shares(drawn)
-        parts = {
-            name(size): self._base(embeddings, labels) * shares[size]
+        values = {
+            size: self._base(embeddings, labels) * shares[size]
             for size, embeddings in columns.items()
         }
+        if self.balanced:
+            values = _balanced(values, shares)
+        parts = {name(size): value for size, value in values.items()}
         if self.distill:
             states = columns if self.distill_over == "candidates" else plain
             parts["distill"] = self.distill * self._divergence(states, shares)
@@ -214,6 +220,7 @@ class LadderLoss(nn.Module):
             "distill": self.distill,
             "distill_over": self.distill_over,
             "full_weight": self.full_weight,
+            "balanced": self.balanced,
             "seed": self.seed,
         }
 
@@ -256,6 +263,21 @@ def _check_schedule(schedule: Schedule, full: Size) -> None:
         )
     layer, dim = schedule.smallest
     check([(layer, dim)], full)
+
+
+def _balanced(values: dict[Size, Tensor], shares: dict[Size, float]) -> dict[Size, Tensor]:
+    """The same values; their gradients as large for each other as their shares.
+
+    Of a loss that is zero, nothing is left to balance.
+    """
+    total = torch.stack(list(values.values())).sum().detach()
+    balanced = {}
+    for size, value in values.items():
+        now = value.detach()
+        factor = torch.where(now > 0, shares[size] * total / now, torch.ones_like(now))
+        # Only the gradient is scaled: what is logged stays the loss.
+        balanced[size] = now + factor * (value - now)
+    return balanced
 
 
 def _kl(teacher_BM: Tensor, student_BM: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def ladder_loss(model: SentenceTransformer, config: EmbedConfig) -> LadderLoss:
         distill=config.distill,
         distill_over=config.distill_over,
         full_weight=config.full_weight,
+        balanced=config.balanced,
         seed=config.seed,
     )
 
