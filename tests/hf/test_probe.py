@@ -28,6 +28,14 @@ def test_every_family_passes(any_family: Tiny) -> None:
     check_attends(any_family.model)
 
 
+def test_a_family_that_takes_all_of_itself_for_its_decoder_is_refused() -> None:
+    config = transformers.Llama4TextConfig(**COMMON, num_local_experts=2, intermediate_size_mlp=32)
+    model = from_config(config)
+    assert model.get_decoder() is model
+    with pytest.raises(UnsupportedModelError, match="llama4_text does not tell its decoder"):
+        matkv.calibrate(model, [IDS])
+
+
 def test_a_family_that_splits_its_keys_is_refused() -> None:
     model = from_config(transformers.DiffLlamaConfig(**COMMON))
     read: list[Any] = []

@@ -126,7 +126,8 @@ class Artifact:
         if not _close(fingerprint, self.fingerprint):
             raise FingerprintError(
                 f"the artifact was made for {self._model}, whose weights differ from this "
-                "model's: load that model, or calibrate this one"
+                "model's: load that model, or calibrate this one; a quantized copy has weights and "
+                "bases of its own"
             )
 
     @property

@@ -38,6 +38,10 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     decoder = outer.get_decoder()
     if not isinstance(decoder, PreTrainedModel):
         raise UnsupportedModelError(f"{outer.config.model_type} has no decoder of its own")
+    if decoder is outer and outer.get_output_embeddings() is not None:
+        raise UnsupportedModelError(
+            f"{outer.config.model_type} does not tell its decoder from the output layer on it"
+        )
     return decoder
 
 
