@@ -29,7 +29,9 @@ def test_every_family_passes(any_family: Tiny) -> None:
 
 
 def test_a_family_that_takes_all_of_itself_for_its_decoder_is_refused() -> None:
-    config = transformers.Llama4TextConfig(**COMMON, num_local_experts=2, intermediate_size_mlp=32)
+    layers = ["full_attention"] * COMMON["num_hidden_layers"]
+    sizes: dict[str, Any] = {"num_local_experts": 2, "intermediate_size_mlp": 32}
+    config = transformers.Llama4TextConfig(**COMMON, **sizes, layer_types=layers)
     model = from_config(config)
     assert model.get_decoder() is model
     with pytest.raises(UnsupportedModelError, match="llama4_text does not tell its decoder"):
