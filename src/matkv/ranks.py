@@ -1,4 +1,4 @@
-"""Rank tables: which rank every layer, side and KV head keeps, and the bytes that follow.
+"""Rank tables: which columns every layer, side and KV head keeps, at how many bits, and the bytes.
 
 A layer either grows with the context, and is compressed, or has a sliding window, and stays at full
 width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` counts both.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
 
+from matkv.codes import Bands, has_codes, plain_bands, row_bytes
 from matkv.errors import BudgetError, RankError
 from matkv.files import digest
 from matkv.schedule import whole_grains
@@ -72,6 +73,8 @@ def default_step(head_dim: int) -> int:
 
 
 LayerRanks = tuple[int, ...]
+LayerBands = tuple[Bands, ...]
+HALF = 2  # bytes of one number of a full cache, as far as budgets are concerned
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,18 @@ class RankTable:
     Layers with a sliding window are listed at their full head dim. Zero is a rank: key rank zero
     attends evenly to all visible tokens, value rank zero makes the head's output zero.
 
+    `coded` says which heads keep some of their columns as codes (`matkv.codes`), and the bands of
+    these; the ranks are the sums of bands. Without any, every column is kept in the model's dtype.
+
     Raises:
-        RankError: a rank is outside 0..head_dim, or the table does not have the geometry's shape.
+        RankError: a rank is outside 0..head_dim, bands do not add up to their rank, or the table
+            does not have the geometry's shape.
     """
 
     geometry: Geometry
     key: tuple[LayerRanks, ...]
     value: tuple[LayerRanks, ...]
+    coded: Mapping[Cell, Bands] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for side in SIDES:
@@ -99,6 +107,25 @@ class RankTable:
                 )
             for index, (ranks, shape) in enumerate(zip(table, self.geometry.layers, strict=True)):
                 _check_layer(side, index, ranks, shape)
+        for cell, bands in self.coded.items():
+            self._check_bands(cell, bands)
+
+    def __hash__(self) -> int:
+        return hash((self.geometry, self.key, self.value, tuple(sorted(self.coded.items()))))
+
+    def _check_bands(self, cell: Cell, bands: Bands) -> None:
+        layer, side, head = cell
+        where = f"{side} bands of layer {layer}, head {head}"
+        is_cell = side in SIDES and layer in self.geometry.growing
+        if not is_cell or not 0 <= head < self.geometry.layers[layer].kv_heads:
+            raise RankError(f"{where}: there is no such head that grows")
+        if len(bands) != 4 or not all(type(one) is int and one >= 0 for one in bands):
+            raise RankError(f"{where}: {bands!r} must be columns at 16, 8, 4 and 2 bits")
+        if not has_codes(bands) or sum(bands) != self.side(side)[layer][head]:
+            raise RankError(
+                f"{where}: {bands} must add up to the rank {self.side(side)[layer][head]}, and "
+                "have codes"
+            )
 
     def side(self, side: Side) -> tuple[LayerRanks, ...]:
         """The ranks of all layers' heads on one side."""
@@ -145,8 +172,15 @@ class RankTable:
         ]
         return cls(geometry, sides[0], sides[1])
 
+    @classmethod
+    def banded(cls, geometry: Geometry, bands: Mapping[Cell, Bands]) -> RankTable:
+        """The table of these bands; what is not named stays at full rank."""
+        ranks = {cell: sum(one) for cell, one in bands.items()}
+        coded = {cell: one for cell, one in bands.items() if has_codes(one)}
+        return replace(cls.full(geometry).changed(ranks), coded=coded)
+
     def changed(self, ranks: Mapping[Cell, int]) -> RankTable:
-        """The same table with other ranks at some (layer, side, head)."""
+        """The same table with other ranks, and no codes, at some (layer, side, head)."""
         key, value = (
             tuple(
                 tuple(ranks.get((layer, side, head), rank) for head, rank in enumerate(heads))
@@ -154,7 +188,8 @@ class RankTable:
             )
             for side in SIDES
         )
-        return RankTable(self.geometry, key, value)
+        coded = {cell: bands for cell, bands in self.coded.items() if cell not in ranks}
+        return RankTable(self.geometry, key, value, coded)
 
     # ---- arithmetic: nobody else counts the bytes of a cache
 
@@ -165,30 +200,44 @@ class RankTable:
                 for head, rank in enumerate(self.side(side)[layer]):
                     yield layer, side, head, rank
 
+    def bands(self, layer: int, side: Side) -> LayerBands:
+        """The bands of a layer's heads."""
+        return tuple(
+            self.coded.get((layer, side, head), plain_bands(rank))
+            for head, rank in enumerate(self.side(side)[layer])
+        )
+
+    def is_coded(self, layer: int) -> bool:
+        """Whether some columns of a layer are kept as codes."""
+        return any(cell[0] == layer for cell in self.coded)
+
     @property
     def columns(self) -> int:
-        """Numbers that one more token of one sequence adds to the cache."""
+        """Columns that are kept, at whatever width, of all layers that grow."""
         return sum(rank for *_, rank in self.growing_ranks())
 
     @property
     def budget(self) -> float:
-        """Kept bytes over full bytes, of the layers that grow."""
-        return self.columns / self.geometry.columns
+        """Kept bytes over full bytes in a dtype of 16 bits, of the layers that grow."""
+        return self._row_bytes(HALF) / (HALF * self.geometry.columns)
 
     def share(self, side: Side) -> float:
-        """Kept over full columns of one side of the layers that grow."""
-        ranks = self.side(side)
-        return 2 * sum(sum(ranks[layer]) for layer in self.geometry.growing) / self.geometry.columns
+        """Kept over full bytes in a dtype of 16 bits, of one side of the layers that grow."""
+        return self._row_bytes(HALF, (side,)) / self.geometry.columns
+
+    @property
+    def bits(self) -> float:
+        """Average width of the kept columns, gains counted; 16 without codes."""
+        return 8 * self._row_bytes(HALF) / max(1, self.columns)
 
     def held(self, tokens: int, *, sink: int = 0, recent: int = 0) -> float:
         """Held over full bytes after so many tokens, exact ones counted; of layers that grow."""
         exact = min(tokens, sink + recent)
-        full = self.geometry.columns
-        return (exact * full + (tokens - exact) * self.columns) / (tokens * full)
+        return (exact + (tokens - exact) * self.budget) / tokens
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one more token of one sequence adds to the cache."""
-        return self.columns * dtype.itemsize
+        return self._row_bytes(dtype.itemsize)
 
     def nbytes(
         self, tokens: int, dtype: torch.dtype, *, batch: int = 1, sink: int = 0, recent: int = 0
@@ -199,14 +248,20 @@ class RankTable:
         transformers does. The first `sink` and the last `recent` tokens are held at full width.
         """
         exact = min(tokens, sink + recent)
-        total = 0
-        for layer, shape in enumerate(self.geometry.layers):
-            if shape.window is not None:
-                total += min(tokens, shape.window - 1) * shape.columns
-                continue
-            kept = sum(self.key[layer]) + sum(self.value[layer])
-            total += tokens * kept + exact * (shape.columns - kept)
-        return total * batch * dtype.itemsize
+        total = (tokens - exact) * self._row_bytes(dtype.itemsize)
+        for shape in self.geometry.layers:
+            held = exact if shape.window is None else min(tokens, shape.window - 1)
+            total += held * shape.columns * dtype.itemsize
+        return total * batch
+
+    def _row_bytes(self, itemsize: int, sides: tuple[Side, ...] = SIDES) -> int:
+        """Bytes of one token in the layers that grow."""
+        return sum(
+            row_bytes(bands, itemsize)
+            for layer in self.geometry.growing
+            for side in sides
+            for bands in self.bands(layer, side)
+        )
 
     @property
     def digest(self) -> str:
@@ -216,8 +271,12 @@ class RankTable:
     # ---- JSON
 
     def to_json(self) -> dict[str, Any]:
-        """Lists of each layer's ranks, by side."""
-        return {side: [list(ranks) for ranks in self.side(side)] for side in SIDES}
+        """Lists of each layer's ranks, by side; and the bands of the heads that have codes."""
+        ranks = {side: [list(ranks) for ranks in self.side(side)] for side in SIDES}
+        if not self.coded:
+            return ranks
+        coded = [[*cell, list(bands)] for cell, bands in sorted(self.coded.items())]
+        return ranks | {"coded": coded}
 
     @classmethod
     def from_json(cls, geometry: Geometry, data: dict[str, Any]) -> RankTable:
@@ -228,12 +287,16 @@ class RankTable:
         """
         try:
             key, value = (tuple(tuple(ranks) for ranks in data[side]) for side in SIDES)
-        except (KeyError, TypeError) as error:
+            coded = {
+                (layer, side, head): tuple(bands)
+                for layer, side, head, bands in data.get("coded", ())
+            }
+        except (KeyError, TypeError, ValueError) as error:
             raise RankError(
                 'a rank table is {"key": [[rank of each head] of each layer], "value": ...}; '
                 f"this one is not ({type(error).__name__}: {error})"
             ) from None
-        return cls(geometry, key, value)
+        return cls(geometry, key, value, coded)
 
 
 def check_budget(budget: float) -> float:

@@ -32,6 +32,9 @@ class Constraints:
     equal_sides: bool = Field(default=False, description="key rank = value rank")
     equal_heads: bool = Field(default=False, description="one rank for a layer's heads of a side")
     protected: Many[Number] = Field(default=(), description="layer to keep at full rank")
+    edge_bits: Literal[0, 2, 4, 8, 16] = Field(
+        default=0, description="codes: least bits of any column in the first and the last layer"
+    )
 
     def __post_init__(self) -> None:
         if self.max_rank is not None and self.max_rank < (self.min_rank or 0):
@@ -43,6 +46,11 @@ class Constraints:
             return self
         lowest = trained if self.max_rank is None else min(trained, self.max_rank)
         return replace(self, min_rank=lowest)
+
+    def grain(self, head_dim: int) -> int:
+        """Columns of equal width that go together where bits are allocated."""
+        step = self.step or max(1, head_dim // 16)
+        return min(head_dim, -(-step // self.multiple) * self.multiple)
 
     def ladder(self, head_dim: int, step: int) -> tuple[int, ...]:
         """Ranks a head may have, largest first.
@@ -97,6 +105,11 @@ class AllocateConfig:
     budgets: Many[Budget] | None = Field(
         default=None, description="fractions of cache bytes to keep; every eighth by default"
     )
+    codes: Many[Literal[16, 8, 4, 2]] | None = Field(
+        default=None,
+        description="fisher: bits that a column may have; all of 16, 8, 4 and 2 by default, 16 alone "
+        "for ranks without codes",
+    )
     constraints: Constraints = Field(default_factory=Constraints)
     max_kl: Positive | None = Field(
         default=None, description="also the smallest cache within this KL, in nats a token"
@@ -122,6 +135,15 @@ class AllocateConfig:
     batched: Few = Field(default=1, description="greedy: tables that go through the model together")
     seed: Seed = Field(default=0, description="fisher: seed of the labels")
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether columns may be kept as codes; greedy and uniform know ranks alone."""
+        return self.method == "fisher" if self.codes is None else bool({8, 4, 2} & {*self.codes})
+
     def __post_init__(self) -> None:
+        if self.codes == ():
+            raise BudgetError("no bits are given: name some, or leave codes out for all")
+        if self.has_codes and self.method != "fisher":
+            raise BudgetError(f"method {self.method} finds ranks alone: use codes 16, or fisher")
         if self.budgets == ():
             raise BudgetError("no budget is given: name one, or leave budgets out for all eighths")

@@ -187,10 +187,13 @@ def measure_changes(
 
 
 def set_gates(gated: Gated, table: RankTable) -> None:
-    """Open the columns that `table` keeps."""
+    """Keep the columns that `table` keeps, as it keeps them."""
     for layer, projection in gated.items():
         for side in SIDES:
-            projection.open(side, torch.tensor(table.side(side)[layer]))
+            if table.is_coded(layer):
+                projection.code(side, table.bands(layer, side))
+            else:
+                projection.open(side, torch.tensor(table.side(side)[layer]))
 
 
 def _open_batched(

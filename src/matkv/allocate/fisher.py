@@ -94,7 +94,7 @@ def expand(
         for layer, projection in gated.items()
         for side, gate in projection.gates.items()
     }
-    with _frozen(model):
+    with frozen(model):
         for piece in text.mine:
             gates = _open(gated, table, len(piece.batch.ids_BT))
             kl_N[piece.rows] = _differentiate(model, gates, piece, samples, seed, grads)
@@ -125,7 +125,7 @@ def _differentiate(
         if sample:
             generator = torch.Generator(fixed_BTV.device)
             generator.manual_seed(seed + piece.first * samples + sample)
-            toward_BTV = _toward_samples(fixed_BTV, piece, generator)
+            toward_BTV = toward_samples(fixed_BTV, piece, generator)
         grads_BGD = torch.autograd.grad(
             logits_BTV, list(gates.values()), toward_BTV, retain_graph=sample < samples
         )
@@ -151,7 +151,7 @@ def _toward_teacher(logits_BTV: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     return torch.stack(kl_B), toward_BTV
 
 
-def _toward_samples(logits_BTV: Tensor, piece: Piece, generator: torch.Generator) -> Tensor:
+def toward_samples(logits_BTV: Tensor, piece: Piece, generator: torch.Generator) -> Tensor:
     """Gradient of the log-likelihood of labels drawn from the logits, by the logits."""
     toward_BTV, real_BT = torch.empty_like(logits_BTV), piece.batch.real
     for row, logits_TV in enumerate(logits_BTV):
@@ -180,7 +180,7 @@ def _open(gated: Gated, table: RankTable, batch: int) -> dict[tuple[int, Side], 
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No gradients for weights meanwhile."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

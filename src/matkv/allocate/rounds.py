@@ -30,12 +30,13 @@ from matkv.allocate.state import Round, SearchState
 from matkv.allocate.verify import Verifier
 from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import GatedProjection
+from matkv.bases.quantizer import Quantizer
 from matkv.hf.geometry import attention_modules
 from matkv.hf.handlers import truncating
 from matkv.hf.merge import merged
 from matkv.hf.wrappers import device_of
 from matkv.progress import Interrupt, OnProgress, Report
-from matkv.ranks import SIDES, RankTable
+from matkv.ranks import SIDES, RankTable, Side
 
 # Settings that do not change a search's path.
 UNSEEN = ("budgets", "max_kl", "max_perplexity_increase", "held_out_tokens", "batched", "blend")
@@ -171,5 +172,12 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     for layer in artifact.geometry.growing:
         move = partial(Tensor.to, device=device_of(modules[layer]))
         maps = {side: artifact.maps(layer, side).changed(move) for side in SIDES}
-        gated[layer] = GatedProjection(maps, recent=artifact.recent)
+        quantizers: dict[Side, Quantizer] = {}
+        for side in SIDES:
+            quantizer = artifact.bases[layer][side].quantizer
+            if quantizer is not None:
+                quantizers[side] = quantizer.changed(move)
+        gated[layer] = GatedProjection(
+            maps, recent=artifact.recent, sink=artifact.sink, quantizers=quantizers
+        )
     return gated

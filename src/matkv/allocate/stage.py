@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from matkv.allocate.coded import CURVE, allocate_codes
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.descent import Descent
 from matkv.allocate.divergence import Text, logits_nbytes, take_text
@@ -76,6 +77,15 @@ def allocate(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
+    if config.has_codes:
+        try:
+            artifact, tables, checks = allocate_codes(
+                model, artifact, held_out, texts, config, budgets, on_progress
+            )
+        finally:
+            model.train(was_training)
+        entry = Allocated(settings=asdict(config), seconds=_since(started), checks=checks)
+        return replace(artifact, tables=tables).with_history(entry)
     try:
         rounds = Rounds(model, artifact, texts, config)
         path, interrupted = rounds.run(Descent(space), min(budgets), state, on_progress)
@@ -92,7 +102,7 @@ def allocate(
         model.train(was_training)
     entry = Allocated(
         settings=asdict(config),
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=_since(started),
         interrupted=interrupted,
         shares=shares,
         checks=checks,
@@ -100,11 +110,17 @@ def allocate(
     return replace(artifact, tables=tables).with_history(entry)
 
 
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 1)
+
+
 def _check_search(
     model: PreTrainedModel, config: AllocateConfig, space: Space, texts: Sequence[Text]
 ) -> None:
     """Make sure that the gradients of all gates fit in memory, or tables that run together."""
     for text in texts:
+        if config.has_codes:
+            continue
         if config.method == "fisher":
             grads = text.sequences * (config.samples + 1) * space.geometry.columns
             check_fits(grads * torch.float32.itemsize, model.device, f"samples {config.samples}")
@@ -121,6 +137,8 @@ def _never_below_training(config: AllocateConfig, artifact: Artifact) -> Allocat
 
 
 def _budgets(space: Space, config: AllocateConfig) -> tuple[float, ...]:
+    if config.has_codes:  # whether a budget can be held, only the prices tell
+        return config.budgets or CURVE
     if config.budgets is None:
         allowed = tuple(budget for budget in EIGHTHS if budget >= space.smallest - TINY)
         return allowed or (space.smallest,)

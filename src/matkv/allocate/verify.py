@@ -46,16 +46,21 @@ class Verifier:
         """What training minimizes, over the teacher's, in nats a token."""
         return self.divergence(table).weighted(*self.weights)
 
-    def entry(self, space: Space, budget: float, table: RankTable) -> Check:
-        """What an artifact's history keeps of a table; uniform ranks at the budget beside it."""
-        measured = self.divergence(table)
-        entry = Check(
+    def check(self, budget: float, table: RankTable, measured: Divergence | None = None) -> Check:
+        """What an artifact's history keeps of a table."""
+        measured = measured or self.divergence(table)
+        return Check(
             budget=budget,
             key_share=table.share("key"),
             value_share=table.share("value"),
             kl=measured.kl,
             perplexity_increase=measured.perplexity_increase,
         )
+
+    def entry(self, space: Space, budget: float, table: RankTable) -> Check:
+        """`check`, with uniform ranks at the budget beside it."""
+        measured = self.divergence(table)
+        entry = self.check(budget, table, measured)
         uniform = uniform_descent(space)
         count = uniform.count_for(budget)
         if count is None or uniform.table(count) == table:

@@ -2,7 +2,7 @@
 
     config.json          format version, base model, fingerprint, geometry, rank tables, history
     bases.safetensors    layers.<l>.<side>.encode [GDD], .decode [GDD] unless orthogonal,
-                         .energy [GD]; fp32
+                         .energy [GD], .codes.<part> where codes were fitted; fp32
     lora/                adapters in PEFT's format, where some were trained
     results/*.json       what was measured, untouched by `save`
 
@@ -32,10 +32,12 @@ from matkv.artifact.storage import (
     checksum,
     checksum_of_all,
     plain,
+    quantizer_tensors,
     read_bases,
     read_lora,
 )
 from matkv.bases.maps import Maps, SideBases
+from matkv.bases.quantizer import Quantizer
 from matkv.errors import ArtifactError, BudgetError, FingerprintError, RankError
 from matkv.files import digest, is_path, recover_directory, replacing_directory, save_tensors
 from matkv.ranks import SIDES, Geometry, RankTable, Side, check_budget
@@ -89,6 +91,8 @@ class Artifact:
                 yield f"{layer}.{side}".encode()
                 for map_XDD in (maps.encode_XDD, maps.decode_XDD):
                     yield plain(map_XDD).numpy().tobytes()
+                for tensor in quantizer_tensors(sides[side].quantizer).values():
+                    yield plain(tensor).numpy().tobytes()
         for name, tensor in sorted(self.lora.tensors.items()) if self.lora is not None else ():
             yield name.encode()
             yield plain(tensor).numpy().tobytes()
@@ -96,6 +100,19 @@ class Artifact:
     def maps(self, layer: int, side: Side) -> Maps:
         """The bases [GDD] of one side of one layer, and the way back."""
         return self.bases[layer][side].maps
+
+    def quantizer(self, layer: int, side: Side) -> Quantizer:
+        """How the columns of one side of one layer are turned into codes.
+
+        Raises:
+            ArtifactError: none was fitted to the bases.
+        """
+        quantizer = self.bases[layer][side].quantizer
+        if quantizer is None:
+            raise ArtifactError(
+                "the artifact has no codes for its bases: fit some with matkv allocate"
+            )
+        return quantizer
 
     def table(self, budget: float, *, uniform: bool = False) -> RankTable:
         """The rank table for `budget`: the stored one, else the nearest smaller, else uniform.
@@ -175,6 +192,8 @@ class Artifact:
                 if not bases.maps.is_orthogonal:
                     tensors[f"{name}.decode"] = plain(bases.maps.decode_XDD)
                 tensors[f"{name}.energy"] = plain(bases.energy_GD)
+                for part, tensor in quantizer_tensors(bases.quantizer).items():
+                    tensors[f"{name}.{part}"] = plain(tensor)
         save_tensors(tensors, directory / BASES)
         if self.lora is not None:
             self.lora.write(directory / LORA)

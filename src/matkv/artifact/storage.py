@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from matkv.artifact.config import CONFIG, damaged
 from matkv.artifact.lora import Lora
 from matkv.bases.maps import Maps, SideBases
+from matkv.bases.quantizer import Quantizer
+from matkv.codes import CODED
 from matkv.errors import ArtifactError
 from matkv.ranks import SIDES, Geometry, Side
 
@@ -74,7 +77,32 @@ def _read_side(tensors: dict[str, Tensor], geometry: Geometry, layer: int, side:
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds numbers that are not finite")
-    return SideBases(Maps(encode_GDD, decode_GDD), energy_GD)
+    return SideBases(Maps(encode_GDD, decode_GDD), energy_GD, _read_quantizer(tensors, name, square))
+
+
+def _read_quantizer(
+    tensors: dict[str, Tensor], name: str, square: tuple[int, int, int]
+) -> Quantizer | None:
+    parts = {one.name: tensors.get(f"{name}.codes.{one.name}") for one in fields(Quantizer)}
+    if all(tensor is None for tensor in parts.values()):
+        return None
+    for part, tensor in parts.items():
+        wanted = (len(CODED), *square[:2]) if part.endswith("_WGD") else square[:2]
+        if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != torch.float32:
+            raise ValueError(f"{name}.codes.{part} is missing, or not {wanted} float32")
+        least = -torch.inf if part == "mean_GD" else 0.0
+        if not bool((tensor.isfinite() & (tensor >= least)).all()):
+            raise ValueError(f"{name}.codes.{part} holds numbers that cannot be")
+    if not bool((parts["scale_GD"] > 0).all() and (parts["step_WGD"] > 0).all()):  # type: ignore[operator]
+        raise ValueError(f"{name}.codes has a scale or a step of zero")
+    return Quantizer(**parts)  # type: ignore[arg-type]
+
+
+def quantizer_tensors(quantizer: Quantizer | None) -> dict[str, Tensor]:
+    """The tensors of a quantizer by the name they are stored under; none of none."""
+    if quantizer is None:
+        return {}
+    return {f"codes.{one.name}": getattr(quantizer, one.name) for one in fields(quantizer)}
 
 
 def read_lora(directory: Path, sha256: str | None) -> Lora | None:

@@ -28,6 +28,9 @@ from matkv.errors import UnsupportedModelError
 from matkv.latents.latents import Exact, Latents
 from matkv.latents.layer import LayerProjection, per_head
 
+# Numbers of latents that are made from codes at a time, and the fewest tokens of them.
+CACHED_NUMBERS, LEAST_STRETCH = 1 << 19, 64
+
 
 def attend(
     latents: Latents,
@@ -102,12 +105,48 @@ def _attend_rows(
     query_BGXM = per_head(projection.enter(query_BHQD), projection.query).to(rows[0].dtype)
     decode = _decoder(query_BGXM, rows) if queries == 1 and not dropout else None
     if decode is not None:
-        out_BGXM, lse_BGX = decode(query_BGXM, rows, projection, mask, scaling)
+        out_BGXM, lse_BGX = _decode(decode, query_BGXM, latents, mask, scaling)
     else:
         fused = partial(fused, scaling=scaling, dropout=dropout)
-        out_BGXM, lse_BGX = _attend_fused(latents, query_BGXM, queries, mask, fused)
+        out_BGXM, lse_BGX = _attend_fused(
+            projection, projection.latents(rows), query_BGXM, queries, mask, fused
+        )
     out_BHQD = projection.leave(per_head(out_BGXM, projection.output), queries)
     return out_BHQD.to(query_BHQD.dtype), lse_BGX
+
+
+def _decode(
+    decode: Decode, query_BGXM: Tensor, latents: Latents, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """One query position; codes are turned into latents a stretch of tokens at a time.
+
+    [BGXM -> BGXM, BGX]
+    """
+    projection, rows = latents.projection, latents.rows
+    tokens, stretch = rows[0].shape[2], _stretch(query_BGXM, latents)
+    out_BGXM, lse_BGX = None, None
+    for first in range(0, tokens, stretch):
+        span = slice(first, first + stretch)
+        part = rows if stretch >= tokens else [one[:, :, span] for one in rows]
+        seen = mask if mask is None else mask[..., span]
+        out, lse = decode(query_BGXM, projection.latents(part), projection, seen, scaling)
+        if out_BGXM is None or lse_BGX is None:
+            out_BGXM, lse_BGX = out, lse
+        else:
+            out_BGXM = merge(out, lse, out_BGXM, lse_BGX)
+            lse_BGX = torch.logaddexp(lse, lse_BGX)
+    assert out_BGXM is not None and lse_BGX is not None
+    return out_BGXM, lse_BGX
+
+
+def _stretch(query_BGXM: Tensor, latents: Latents) -> int:
+    """Tokens whose latents are made from codes at a time: as many as stay in a CPU's caches."""
+    projection, tokens = latents.projection, latents.rows[0].shape[2]
+    if projection.coder is None or query_BGXM.device.type != "cpu":
+        return max(1, tokens)
+    widest = max(bucket.row_width for bucket in projection.buckets)
+    numbers = query_BGXM.shape[0] * max(b.heads.stop - b.heads.start for b in projection.buckets)
+    return max(LEAST_STRETCH, CACHED_NUMBERS // max(1, numbers * widest))
 
 
 Decode = Callable[
@@ -128,10 +167,15 @@ def _decoder(query_BGXM: Tensor, rows: list[Tensor]) -> Decode | None:
 
 
 def _attend_fused(
-    latents: Latents, query_BGXM: Tensor, queries: int, mask: Tensor | None, fused: Fused
+    projection: LayerProjection,
+    rows: list[Tensor],
+    query_BGXM: Tensor,
+    queries: int,
+    mask: Tensor | None,
+    fused: Fused,
 ) -> tuple[Tensor, Tensor]:
     """Every bucket through a fused attention.  [-> BGXM, BGX]"""
-    M, tokens = query_BGXM.shape[3], latents.rows[0].shape[2]
+    M, tokens = query_BGXM.shape[3], rows[0].shape[2]
     is_causal = mask is None and queries == tokens and queries > 1
     if mask is None and not is_causal and queries > 1:
         mask = causal_bias(queries, tokens, query_BGXM)
@@ -140,7 +184,7 @@ def _attend_fused(
     step = queries if queries > 1 else query_BGXM.shape[2]
     out_BGXM = query_BGXM.new_zeros(query_BGXM.shape)
     lse_BGX = query_BGXM.new_zeros(query_BGXM.shape[:3], dtype=torch.float32)
-    for bucket, rows_BNTC in zip(latents.projection.buckets, latents.rows, strict=True):
+    for bucket, rows_BNTC in zip(projection.buckets, rows, strict=True):
         if bucket.row_width == 0:
             even = even_lse(mask, queries, tokens, query_BGXM)
             lse_BGX[:, bucket.heads] = even.repeat(1, 1, query_BGXM.shape[2] // queries)

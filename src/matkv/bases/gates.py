@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from matkv.bases.maps import Maps
-from matkv.ranks import SIDES, Side
+from matkv.bases.quantizer import Quantizer, requantized
+from matkv.codes import widths_of
+from matkv.ranks import SIDES, LayerBands, Side
 
 
 class Projected:
@@ -18,26 +20,33 @@ class Projected:
 
     With P = encode diag(gate) decode^T, attention on them equals attention on latents, and queries
     and outputs need no work. None leaves a side as it is. The `recent` tokens before a query are
-    exact.
+    exact, and the first `sink` slots.
     """
 
     key: Tensor | None = None
     value: Tensor | None = None
 
-    def __init__(self, recent: int = 0) -> None:
-        self.recent = recent
+    def __init__(self, recent: int = 0, sink: int = 0) -> None:
+        self.recent, self.sink = recent, sink
 
     def matrices(self) -> tuple[Tensor | None, Tensor | None]:
         """P of keys and of values."""
         return self.key, self.value
 
     def __call__(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self.matrices()
-        if key is not None:
-            key_BGTD = key_BGTD @ key.to(key_BGTD.dtype)
-        if value is not None:
-            value_BGTD = value_BGTD @ value.to(value_BGTD.dtype)
-        return key_BGTD, value_BGTD
+        states: dict[Side, Tensor] = {"key": key_BGTD, "value": value_BGTD}
+        key, value = (self._first_exact(states[side], self.changed(side, states[side])) for side in SIDES)
+        return key, value
+
+    def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:
+        """One side's states as they come out of a cache."""
+        matrix = self.matrices()[SIDES.index(side)]
+        return x_BGTD if matrix is None else x_BGTD @ matrix.to(x_BGTD.dtype)
+
+    def _first_exact(self, exact_BGTD: Tensor, x_BGTD: Tensor) -> Tensor:
+        if not self.sink or x_BGTD is exact_BGTD:
+            return x_BGTD
+        return torch.cat((exact_BGTD[:, :, : self.sink], x_BGTD[:, :, self.sink :]), dim=2)
 
 
 class GatedProjection(Projected):
@@ -46,11 +55,21 @@ class GatedProjection(Projected):
     A column with gate 0 is dropped, with gate 1 kept, so that ranks change without new bases and
     gradients reach the gates. With the gates of a rank table it equals `LayerProjection` at that
     table. The gates of a side are [GD], or [BGD] for one table a sequence.
+
+    With `quantizers` a side can also be coded: `widths` [GD] says how its columns are kept.
     """
 
-    def __init__(self, maps: Mapping[Side, Maps], *, recent: int = 0) -> None:
-        super().__init__(recent)
-        self.maps = maps
+    def __init__(
+        self,
+        maps: Mapping[Side, Maps],
+        *,
+        recent: int = 0,
+        sink: int = 0,
+        quantizers: Mapping[Side, Quantizer] | None = None,
+    ) -> None:
+        super().__init__(recent, sink)
+        self.maps, self.quantizers = maps, quantizers or {}
+        self.widths: dict[Side, Tensor] = {}
         self.gates: dict[Side, Tensor] = {
             side: heads.encode_XDD.new_ones(heads.encode_XDD.shape[:2])
             for side, heads in maps.items()
@@ -60,10 +79,31 @@ class GatedProjection(Projected):
         key, value = (gated(self.maps[side], self.gates[side]) for side in SIDES)
         return key, value
 
+    def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:
+        """One side's states as they come out of a cache."""
+        if side not in self.widths:
+            return super().changed(side, x_BGTD)
+        maps = self.maps[side]
+        z_BGTD = x_BGTD.float() @ maps.encode_XDD
+        back_BGTD = requantized(self.quantizers[side], z_BGTD, self.widths[side])
+        return (back_BGTD @ maps.decode_XDD.mT).to(x_BGTD.dtype)
+
+    def code(self, side: Side, bands: LayerBands) -> None:
+        """Keep the columns of every head of a side in these bands."""
+        encode_GDD = self.maps[side].encode_XDD
+        self.widths[side] = band_widths(bands, encode_GDD.shape[-1]).to(encode_GDD.device)
+
     def open(self, side: Side, ranks_XG: Tensor) -> None:
         """Keep the first columns of every head of a side, as many as its rank."""
+        self.widths.pop(side, None)
         encode_GDD = self.maps[side].encode_XDD
         self.gates[side] = rank_gate(ranks_XG, encode_GDD.shape[-1]).to(encode_GDD)
+
+
+def band_widths(bands: LayerBands, dim: int) -> Tensor:
+    """The width of every column, 0 for a dropped one.  [GD]"""
+    rows = [widths_of(one) for one in bands]
+    return torch.tensor([row + [0] * (dim - len(row)) for row in rows])
 
 
 def gated(maps: Maps, gate_XD: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from matkv.bases.quantizer import Quantizer
+
 
 @dataclass(frozen=True)
 class Maps:
@@ -38,7 +40,11 @@ class Maps:
 
 @dataclass(frozen=True)
 class SideBases:
-    """One side of one layer: its maps and the share of energy in each of their columns [GD]."""
+    """One side of one layer: its maps and the share of energy in each of their columns [GD].
+
+    `quantizer` makes codes of the columns, where one was fitted to these maps.
+    """
 
     maps: Maps
     energy_GD: Tensor
+    quantizer: Quantizer | None = None

@@ -44,10 +44,8 @@ class StaticLatentLayer(HoldsLatents, StaticLayer):  # type: ignore[misc]
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.buffers = [
-            key_states.new_zeros(
-                self.batch_size, b.heads.stop - b.heads.start, self.max_cache_len, b.row_width
-            )
-            for b in self.projection.buckets
+            key_states.new_zeros(self.batch_size, heads, self.max_cache_len, columns, dtype=dtype)
+            for heads, columns, dtype in self.projection.storages(key_states.dtype)
         ]
         if not torch.compiler.is_compiling():
             for tensor in (*self.buffers, self.cumulative_length):

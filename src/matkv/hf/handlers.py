@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -98,6 +98,42 @@ class Observed:
         key_BGTD, value_BGTD = call.states
         self.observer(call.query_BHQD, key_BGTD, value_BGTD)
         return call.usual(key_BGTD, value_BGTD)
+
+
+class Watches(Protocol):
+    """Sees one side's states, and the gradients by them."""
+
+    def see(self, x_BGTD: Tensor) -> None: ...
+
+    def add(self, grad_BGTD: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Shows keys and values to two watchers, and later the gradients by them; attends as usual."""
+
+    key: Watches
+    value: Watches
+
+    def attend(self, call: Call) -> Tensor:
+        """[-> BQHD]"""
+        states = []
+        for watcher, x_BGTD in zip((self.key, self.value), call.states, strict=True):
+            watcher.see(x_BGTD.detach())
+            # Nothing below the first traced layer has gradients, for the weights have none.
+            x_BGTD = x_BGTD if x_BGTD.requires_grad else x_BGTD.detach().requires_grad_()
+            x_BGTD.register_hook(watcher.add)
+            states.append(x_BGTD)
+        return call.usual(*states)
+
+
+def tracing(model: nn.Module, handlers: Mapping[int, Traced]) -> AbstractContextManager[None]:
+    """Let watchers see what passes through layers meanwhile.
+
+    Raises:
+        MatkvError: the model is attached.
+    """
+    return handled(model, handlers)
 
 
 def truncating(

@@ -1,6 +1,6 @@
 """A layer's bases at given ranks: the matrices that its heads use.
 
-`LayerProjection` makes latents for the cache, heads sorted into buckets of equal row widths.
+`LayerProjection` makes rows for the cache, heads sorted into buckets of equal rows.
 
 Shapes: B batch, H query head, G KV head, N heads of one bucket, J query heads of a KV head, Q query
 position, X = J Q, T token, D head dim, C row columns, M view columns.
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matkv.bases.maps import Maps
+from matkv.codes import Bands, plain_bands
 from matkv.errors import RankError
+from matkv.latents.coding import Coder, SideCoding, row_sizes
 from matkv.ranks import LayerRanks, RankTable
 
 # Columns that the query and output maps have to spare, zeros, for kernels that prefer wider views.
@@ -28,6 +31,8 @@ ONE_THREAD = 1 << 15
 @dataclass(frozen=True)
 class Bucket:
     """The heads of one layer whose rows are equally wide, computed in one go.
+
+    Where there are codes, their bands are equal too.
 
     A token's row is [key latent | value latent], `row_width` columns, nothing padded; where one
     ends and the other starts may differ from head to head. `width` is the largest rank of them all:
@@ -49,6 +54,8 @@ class LayerProjection(nn.Module):
     `output` [G M D] goes with the last columns, and is zero but for its last value-rank rows.
     `sink` first and `recent` last tokens of a sequence are kept exact. `source` names the bases:
     latents of projections of one source are prefixes of each other, and equal at one `identity`.
+    `coding` says which columns are kept as codes; `coder` makes
+    and reads them.
 
     Raises:
         RankError: the number of ranks or a rank does not fit the maps.
@@ -71,6 +78,7 @@ class LayerProjection(nn.Module):
         sink: int = 0,
         recent: int = 0,
         source: str = "",
+        coding: tuple[SideCoding, SideCoding] | None = None,
     ) -> None:
         super().__init__()
         heads, dim = key.encode_XDD.shape[:2]
@@ -79,18 +87,27 @@ class LayerProjection(nn.Module):
                 raise RankError(f"ranks {ranks} do not fit {heads} KV heads of dimension {dim}")
         self.kv_heads, self.head_dim = heads, dim
         self.sink, self.recent = sink, recent
-        self.source, self.identity = source, (source, key_ranks, value_ranks, sink, recent)
+        bands = _bands(key_ranks, value_ranks, coding)
+        self.source, self.identity = source, (source, tuple(bands), sink, recent)
         pairs = list(zip(key_ranks, value_ranks, strict=True))
-        order = sorted(range(heads), key=lambda head: sum(pairs[head]))
-        pairs = [pairs[head] for head in order]
+        # Without codes rows of equal widths go together, whatever their ranks.
+        alike = [(sum(pairs[head]), () if coding is None else bands[head]) for head in range(heads)]
+        order = sorted(range(heads), key=lambda head: alike[head])
+        pairs, alike = [pairs[head] for head in order], [alike[head] for head in order]
         self.is_sorted = order == list(range(heads))
-        self.buckets = _buckets(pairs)
+        self.buckets = _buckets(pairs, alike)
         self.highest_ranks = max(key_ranks), max(value_ranks)
+        key, value = _picked(key, order), _picked(value, order)
+        self.coder: Coder | None = None
+        if coding is not None:
+            key_coding, value_coding = (side.picked(order) for side in coding)
+            self.coder = Coder(key, value, key_coding, value_coding)
+            key, value = _in_units(key, key_coding), _in_units(value, value_coding)
         tensors = {
             "order": torch.tensor(order),
             "place": torch.tensor(order).argsort(),
             "ranks": torch.tensor(pairs, dtype=torch.int32),
-            **_row_maps(_picked(key, order), _picked(value, order), pairs),
+            **_row_maps(key, value, pairs),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -114,13 +131,38 @@ class LayerProjection(nn.Module):
         return x_BGXX if self.is_sorted else x_BGXX.index_select(1, self.place)
 
     def encode(self, key_BGTD: Tensor, value_BGTD: Tensor) -> list[Tensor]:
-        """Rows of new tokens, a tensor [BNTC] per bucket."""
+        """Rows of new tokens, a tensor [BNTC] per bucket, or with codes the two of `Coder`."""
         return self.encode_states(joined(key_BGTD, value_BGTD))
 
     def encode_states(self, states_BGTF: Tensor) -> list[Tensor]:
         """`encode` of states that are `joined`."""
-        rows_BGTC = per_head(self.sort(states_BGTF), self.encode_rows)
+        states_BGTF = self.sort(states_BGTF)
+        if self.coder is not None:
+            y_BGTF = self.coder.coordinates(states_BGTF)
+            rows = [self.coder.rows(y_BGTF, b.heads, states_BGTF.dtype) for b in self.buckets]
+            return [part for parts in rows for part in parts]
+        rows_BGTC = per_head(states_BGTF, self.encode_rows)
         return [rows_BGTC[:, b.heads, :, : b.row_width] for b in self.buckets]
+
+    def latents(self, rows: list[Tensor]) -> list[Tensor]:
+        """What attention reads of rows: a tensor [BNTC] per bucket."""
+        coder = self.coder
+        if coder is None:
+            return rows
+        pairs = zip(rows[::2], rows[1::2], self.buckets, strict=True)
+        return [coder.latents([plain, codes], b.heads) for plain, codes, b in pairs]
+
+    def storages(self, dtype: torch.dtype) -> list[tuple[int, int, torch.dtype]]:
+        """Heads, columns and dtype of every tensor of the rows of states in `dtype`."""
+        sizes = []
+        for bucket in self.buckets:
+            heads = bucket.heads.stop - bucket.heads.start
+            if self.coder is None:
+                sizes.append((heads, bucket.row_width, dtype))
+                continue
+            plain, codes = row_sizes(self.coder.bands[bucket.heads.start])
+            sizes += [(heads, plain, dtype), (heads, codes, torch.uint8)]
+        return sizes
 
     def enter(self, query_BHQD: Tensor) -> Tensor:
         """Queries in sorted order, a group's heads as positions of their KV head.  [-> BGXD]"""
@@ -153,15 +195,38 @@ def _picked(maps: Maps, order: list[int]) -> Maps:
     return Maps(maps.encode_XDD[order], maps.decode_XDD[order])
 
 
-def _buckets(pairs: list[tuple[int, int]]) -> list[Bucket]:
-    """Neighbours with the same sum of ranks."""
+def _bands(
+    key_ranks: LayerRanks, value_ranks: LayerRanks, coding: tuple[SideCoding, SideCoding] | None
+) -> list[tuple[Bands, Bands]]:
+    """The bands of every head's key and value.
+
+    Raises:
+        RankError: those of `coding` do not add up to the ranks.
+    """
+    if coding is None:
+        sides = [tuple(map(plain_bands, ranks)) for ranks in (key_ranks, value_ranks)]
+    else:
+        sides = [side.bands for side in coding]
+    for ranks, bands in zip((key_ranks, value_ranks), sides, strict=True):
+        if tuple(map(sum, bands)) != tuple(ranks):
+            raise RankError(f"bands {bands} do not add up to the ranks {ranks}")
+    return list(zip(*sides, strict=True))
+
+
+def _buckets(pairs: list[tuple[int, int]], alike: list[tuple[int, Any]]) -> list[Bucket]:
+    """Neighbours that are alike: the first of `alike` is the sum of ranks."""
     buckets, first = [], 0
-    for row_width, group in groupby(pairs, key=sum):
-        members = list(group)
+    for (row_width, _), group in groupby(range(len(pairs)), key=alike.__getitem__):
+        members = [pairs[head] for head in group]
         heads = slice(first, first + len(members))
         buckets.append(Bucket(heads, row_width, max(map(max, members))))
         first = heads.stop
     return buckets
+
+
+def _in_units(maps: Maps, coding: SideCoding) -> Maps:
+    """Maps whose way back takes latents in units of a step."""
+    return Maps(maps.encode_XDD, maps.decode_XDD * coding.units()[:, None])
 
 
 def _widths(pairs: list[tuple[int, int]]) -> tuple[int, int]:
@@ -178,6 +243,8 @@ def projections_nbytes(table: RankTable, dtype: torch.dtype) -> int:
         C, M = _widths(list(zip(table.key[layer], table.value[layer], strict=True)))
         # A head has maps [2D C], [D M] and [M D]; its order and place take 8 bytes, its ranks 4.
         maps = shape.head_dim * (2 * C + 2 * M) * dtype.itemsize
+        if table.is_coded(layer):  # [2D 2D], and twice [2D] of shifts and steps
+            maps += 2 * shape.head_dim * (2 * shape.head_dim + 2) * dtype.itemsize
         total += shape.kv_heads * (maps + 2 * 8 + 2 * 4)
     return total
 

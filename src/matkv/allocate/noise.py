@@ -1,0 +1,113 @@
+"""What noise in every column would cost, and how large the noise of codes is.
+
+Shapes: B batch, G KV head, T token, N kept token, D head dim, V vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from matkv.allocate.divergence import Text
+from matkv.allocate.fisher import frozen, toward_samples
+from matkv.artifact.artifact import Artifact
+from matkv.bases.quantizer import Quantizer, fit
+from matkv.hf.handlers import Traced, tracing
+from matkv.progress import OnProgress, Report
+from matkv.ranks import SIDES, Cell, Side
+
+# Tokens whose latents a quantizer is fitted to: more change its steps by less than they differ.
+FITTED = 4096
+
+
+class Trace:
+    """One side of one layer: latents of some tokens, and summed squares of gradients by them."""
+
+    def __init__(self, maps_encode_GDD: Tensor, maps_decode_GDD: Tensor, sink: int) -> None:
+        self.encode_GDD, self.decode_GDD, self.sink = maps_encode_GDD, maps_decode_GDD, sink
+        self.latents: list[Tensor] = []
+        self.kept = 0
+        self.squares_GD = torch.zeros(encode_shape(maps_encode_GDD))
+
+    def see(self, x_BGTD: Tensor) -> None:
+        """Keep the latents of a batch, of the first `FITTED` tokens in all."""
+        if self.kept >= FITTED:
+            return
+        z_GBTD = (x_BGTD.float() @ self.encode_GDD).transpose(0, 1)[:, :, self.sink :]
+        z_GND = z_GBTD.flatten(1, 2)[:, : FITTED - self.kept].cpu()
+        self.latents.append(z_GND)
+        self.kept += z_GND.shape[1]
+
+    def add(self, grad_BGTD: Tensor) -> None:
+        """Add a batch's gradients by the states."""
+        by_latent_BGTD = grad_BGTD.float() @ self.decode_GDD
+        self.squares_GD += by_latent_BGTD[:, :, self.sink :].square().sum((0, 2)).cpu()
+
+
+def encode_shape(encode_GDD: Tensor) -> tuple[int, int]:
+    return encode_GDD.shape[0], encode_GDD.shape[1]
+
+
+def measure_noise(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    texts: list[Text],
+    *,
+    seed: int,
+    on_progress: OnProgress | None = None,
+) -> tuple[Artifact, dict[Cell, Tensor]]:
+    """Quantizers for the artifact's bases, and the damage of every column at every width [DW].
+
+    One backward pass over each text, at the full cache; damage is in nats a token.
+    """
+    traces: dict[tuple[int, Side], Trace] = {}
+    for layer in artifact.geometry.growing:
+        for side in SIDES:
+            maps = artifact.maps(layer, side).changed(lambda x: x.to(model.device))
+            traces[layer, side] = Trace(maps.encode_XDD, maps.decode_XDD, artifact.sink)
+    report, tokens = Report(on_progress, "measuring", len(texts), "texts"), 0
+    handlers = {
+        layer: Traced(traces[layer, "key"], traces[layer, "value"])
+        for layer in artifact.geometry.growing
+    }
+    with tracing(model, handlers), frozen(model):
+        for done, text in enumerate(texts, 1):
+            for piece in text.mine:
+                logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
+                generator = torch.Generator(model.device)
+                generator.manual_seed(seed + done * 1_000_003 + piece.first)
+                logits_BTV.backward(toward_samples(logits_BTV.detach(), piece, generator))
+                tokens += piece.batch.tokens
+            report(done)
+    quantizers = {name: fit(torch.cat(trace.latents, dim=1)) for name, trace in traces.items()}
+    damage = dict(_damages(traces, quantizers, tokens))
+    return with_quantizers(artifact, quantizers), damage
+
+
+def _damages(
+    traces: dict[tuple[int, Side], Trace],
+    quantizers: dict[tuple[int, Side], Quantizer],
+    tokens: int,
+) -> Iterator[tuple[Cell, Tensor]]:
+    for (layer, side), trace in traces.items():
+        quantizer = quantizers[layer, side]
+        none_GD = torch.zeros_like(quantizer.energy_GD)
+        error_WGD = torch.stack((none_GD, *quantizer.error_WGD, quantizer.energy_GD))
+        damage_WGD = 0.5 * trace.squares_GD / tokens * error_WGD
+        for head in range(damage_WGD.shape[1]):
+            yield (layer, side, head), damage_WGD[:, head].T
+
+
+def with_quantizers(
+    artifact: Artifact, quantizers: dict[tuple[int, Side], Quantizer]
+) -> Artifact:
+    """A copy of the artifact whose bases have these quantizers."""
+    bases = {
+        layer: {side: replace(one, quantizer=quantizers[layer, side]) for side, one in sides.items()}
+        for layer, sides in artifact.bases.items()
+    }
+    return replace(artifact, bases=bases)

@@ -1,0 +1,160 @@
+"""Codes of a layer's latents: made for the cache, and turned back for attention.
+
+Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, F = 2 D, [key | value],
+P columns in the model's dtype, Y bytes, C row columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from matkv.bases.maps import Maps
+from matkv.bases.quantizer import Quantizer, coded, gain_codes, gains, levels_of
+from matkv.codes import CODED, WIDTHS, Bands, code_bytes, has_codes, widths_of
+from matkv.errors import CacheError
+from matkv.latents.packing import pack, packed_size, unpack_into
+from matkv.ranks import LayerBands
+
+
+@dataclass(frozen=True)
+class SideCoding:
+    """The bands of one layer's heads on one side, and how their columns are quantized."""
+
+    bands: LayerBands
+    quantizer: Quantizer
+
+    def picked(self, order: list[int]) -> SideCoding:
+        """The same of heads in another order."""
+        quantizer = self.quantizer
+        return SideCoding(
+            tuple(self.bands[head] for head in order),
+            Quantizer(
+                quantizer.mean_GD[order],
+                quantizer.scale_GD[order],
+                quantizer.step_WGD[:, order],
+                quantizer.error_WGD[:, order],
+                quantizer.energy_GD[order],
+            ),
+        )
+
+    def steps(self) -> Tensor:
+        """Every column's step in units of its scale, 1 where it has no code.  [GD]"""
+        step_GD = torch.ones_like(self.quantizer.scale_GD)
+        for head, bands in enumerate(self.bands):
+            for column, width in enumerate(widths_of(bands)):
+                if width in CODED:
+                    step_GD[head, column] = self.quantizer.step_WGD[CODED.index(width), head, column]
+        return step_GD
+
+    def units(self) -> Tensor:
+        """What one step of every column, or its number, is worth.  [GD]"""
+        return self.steps() * self.quantizer.scale_GD
+
+
+class Coder(nn.Module):
+    """Turns the states of one layer into rows of numbers and of codes, and these into latents.
+
+    Heads are in sorted order. `encode` [G F F] and `shift` [G F] give coordinates of unit variance,
+    all of them, because the gain is theirs; `step` [G F] is in the same units. Latents are in units
+    of a step: the maps of queries and outputs take the rest.
+
+    A bucket's heads have the same bands. Its rows are two tensors: [B N T P], the columns without
+    codes, keys' and then values', and [B N T Y] of bytes: the gains of key and of value, where
+    these have codes, then the bands of the key and those of the value.
+    """
+
+    encode: Tensor
+    shift: Tensor
+    step: Tensor
+
+    def __init__(self, key: Maps, value: Maps, key_coding: SideCoding, value_coding: SideCoding):
+        super().__init__()
+        sides = ((key, key_coding), (value, value_coding))
+        G, D = key_coding.quantizer.scale_GD.shape
+        encode_GFF = key.encode_XDD.new_zeros(G, 2 * D, 2 * D)
+        shifts, steps = [], []
+        for index, (maps, coding) in enumerate(sides):
+            part, scale_GD = slice(index * D, (index + 1) * D), coding.quantizer.scale_GD
+            encode_GFF[:, part, part] = maps.encode_XDD / scale_GD[:, None]
+            shifts.append(-coding.quantizer.mean_GD / scale_GD)
+            steps.append(coding.steps())
+        self.bands = list(zip(key_coding.bands, value_coding.bands, strict=True))
+        self.head_dim = D
+        self.register_buffer("encode", encode_GFF, persistent=False)
+        self.register_buffer("shift", torch.cat(shifts, dim=1), persistent=False)
+        self.register_buffer("step", torch.cat(steps, dim=1), persistent=False)
+
+    def coordinates(self, states_BGTF: Tensor) -> Tensor:
+        """Coordinates of unit variance, in fp32 whatever the states are.  [BGTF]
+
+        Raises:
+            CacheError: gradients flow, which codes would stop without a word.
+        """
+        if states_BGTF.requires_grad and torch.is_grad_enabled():
+            raise CacheError(
+                "codes in a cache pass no gradient on: train with matkv.distill, or under "
+                "torch.no_grad()"
+            )
+        with torch.autocast(states_BGTF.device.type, enabled=False):
+            y_BGTF = states_BGTF.float() @ self.encode.float()
+            return y_BGTF + self.shift.float()[:, None]
+
+    def rows(self, y_BGTF: Tensor, heads: slice, dtype: torch.dtype) -> list[Tensor]:
+        """One bucket's rows of new tokens."""
+        bands, D = self.bands[heads.start], self.head_dim
+        y_BNTF, step_NF = y_BGTF[:, heads], self.step[heads].float()
+        plain = [y_BNTF[..., :0]]
+        heading: list[Tensor] = []
+        packed = [y_BNTF[..., :0].to(torch.uint8)]
+        for side, one in enumerate(bands):
+            part = slice(side * D, (side + 1) * D)
+            y_BNTD, step_ND = y_BNTF[..., part], step_NF[:, part]
+            plain.append(y_BNTD[..., : one[0]])
+            if not has_codes(one):
+                continue
+            heading.append(gain_codes(y_BNTD))
+            unit_BNTD = y_BNTD / gains(heading[-1])
+            for width, columns in _spans(one):
+                codes = coded(unit_BNTD[..., columns], step_ND[:, None, columns], width)
+                codes = (codes - levels_of(width)[0]).to(torch.uint8)
+                packed.append(pack(codes, width))
+        return [torch.cat(plain, dim=-1).to(dtype), torch.cat((*heading, *packed), dim=-1)]
+
+    def latents(self, rows: list[Tensor], heads: slice) -> Tensor:
+        """One bucket's latents in units of a step, from its rows.  [BNTP, BNTY -> BNTC]"""
+        bands, (plain_BNTP, bytes_BNTY) = self.bands[heads.start], rows
+        out_BNTC = plain_BNTP.new_empty(*plain_BNTP.shape[:3], sum(map(sum, bands)))
+        gain = sum(map(has_codes, bands))
+        gain_BNTX = gains(bytes_BNTY[..., :gain], plain_BNTP.dtype)
+        taken = column = place = 0
+        for one in bands:
+            out_BNTC[..., column : column + one[0]] = plain_BNTP[..., taken : taken + one[0]]
+            taken += one[0]
+            for width, columns in _spans(one):
+                size = packed_size(columns.stop - columns.start, width)
+                out = out_BNTC[..., column + columns.start : column + columns.stop]
+                unpack_into(out, bytes_BNTY[..., gain : gain + size], width)
+                out.add_(levels_of(width)[0] + 0.5)
+                gain += size
+            if has_codes(one):
+                coded_columns = slice(column + one[0], column + sum(one))
+                out_BNTC[..., coded_columns] *= gain_BNTX[..., place : place + 1]
+                place += 1
+            column += sum(one)
+        return out_BNTC
+
+
+def row_sizes(bands: tuple[Bands, Bands]) -> tuple[int, int]:
+    """P and Y of heads with these bands of key and value."""
+    return sum(one[0] for one in bands), sum(map(code_bytes, bands))
+
+
+def _spans(bands: Bands) -> list[tuple[int, slice]]:
+    """The width of every band of codes that is not empty, and its columns."""
+    ends = [sum(bands[: index + 1]) for index in range(len(WIDTHS))]
+    spans = zip(CODED, pairwise(ends), strict=True)
+    return [(width, slice(first, last)) for width, (first, last) in spans if first < last]
