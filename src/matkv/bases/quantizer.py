@@ -13,7 +13,7 @@ Shapes: G KV head, N token, D head dim, W width in bits: 8, 4, 2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,12 @@ class Quantizer:
     def changed(self, change: Callable[[Tensor], Tensor]) -> Quantizer:
         """Every tensor changed alike."""
         return Quantizer(*(change(getattr(self, one.name)) for one in fields(self)))
+
+
+    def rescaled(self, moment_GDD: Tensor, encode_GDD: Tensor) -> Quantizer:
+        """The same steps for other bases, of states with this second moment.  [GDD, GDD]"""
+        square_GD = torch.einsum("gdr,gde,ger->gr", encode_GDD, moment_GDD, encode_GDD)
+        return replace(self, scale_GD=square_GD.clamp_min(TINY**2).sqrt())
 
 
 def levels_of(width: int) -> tuple[int, int]:

@@ -66,6 +66,17 @@ class Bases(nn.Module):
             products |= zip(places, product_BXDD.split(heads, dim=1), strict=True)
         return products
 
+    def maps(self) -> dict[tuple[int, Side], Maps]:
+        """The maps of every layer and side as they are now, [GDD], differentiable."""
+        maps: dict[tuple[int, Side], Maps] = {}
+        for dim, places in self.places.items():
+            learned: Maps = self.groups[dim]()
+            first = 0
+            for place in places:
+                rows = slice(first, first := first + self.heads[place])
+                maps[place] = learned.changed(partial(_rows, rows=rows))
+        return maps
+
     def export(self) -> dict[int, dict[Side, Maps]]:
         """The maps as they are now, detached."""
         layers: dict[int, dict[Side, Maps]] = {}
@@ -76,6 +87,10 @@ class Bases(nn.Module):
                 rows = slice(first, first := first + self.heads[layer, side])
                 layers.setdefault(layer, {})[side] = learned.changed(partial(_copied, rows=rows))
         return layers
+
+
+def _rows(x_XDD: Tensor, rows: slice) -> Tensor:
+    return x_XDD[rows]
 
 
 def _copied(x_XDD: Tensor, rows: slice) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,7 +80,8 @@ class DistillConfig(LossWeights):
     Which ranks: `schedule` over multiples of `rank_step`, drawn for every `sequence` or once for
     all sequences of a `step`. With `adaptive` the rungs are the rank tables that the artifact
     stores for these budgets, and it keeps them; else equal ranks everywhere, and the tables found
-    for the old bases are dropped.
+    for the old bases are dropped. With `codes` they are its tables of ranks and bits, a rung being
+    a level of every head: an independent schedule mixes them head by head.
 
     Stages: `objective` "local" fits every layer's attention output by itself (`local`),
     "end-to-end" the model's output, "both" one after the other. End to end ends with `steps`,
@@ -107,6 +108,9 @@ class DistillConfig(LossWeights):
         default=(0.25, 0.375, 0.5, 0.75), description="budgets of a ladder or cycle"
     )
     adaptive: bool = Field(default=False, description="the stored rank tables are the rungs")
+    codes: bool = Field(
+        default=False, description="the stored tables of ranks and bits are the rungs"
+    )
     random: Annotated[int, Field(ge=0, le=2**16)] = Field(
         default=1, description="independent draws of a sandwich"
     )
@@ -160,6 +164,11 @@ class DistillConfig(LossWeights):
             )
         if self.adaptive and self.schedule not in ("ladder", "cycle"):
             raise TrainingError(f"adaptive needs a ladder or a cycle, not {self.schedule}")
+        if self.codes and (self.adaptive or self.trains_locally or self.schedule == "sandwich"):
+            raise TrainingError(
+                "codes are trained end to end, with an independent schedule, a ladder or a cycle, "
+                "and without adaptive"
+            )
         if self.trains_end_to_end and (self.steps, self.tokens, self.minutes) == (None,) * 3:
             raise TrainingError(f"objective {self.objective} needs steps, tokens or minutes")
 
@@ -192,13 +201,10 @@ class DistillConfig(LossWeights):
         if self.schedule == "sandwich":
             return Sandwich(axes, self.random)
         rungs = uniform_rungs(axes, self.rungs)
+        if self.codes:
+            rungs = tuple((level,) * len(axes) for level in range(1, len(self.rungs) + 1))
         if self.adaptive:
-            missing = [f"{budget:g}" for budget in self.rungs if budget not in (tables or {})]
-            if missing:
-                raise TrainingError(
-                    f"no rank table for budgets {', '.join(missing)}: run matkv allocate first, or "
-                    "leave adaptive out"
-                )
+            check_stored(self.rungs, tables or {}, "adaptive")
             rungs = tuple((tables or {})[budget] for budget in self.rungs)
         return Ladder(axes, rungs) if self.schedule == "ladder" else Cycle(axes, rungs)
 
@@ -226,3 +232,17 @@ class DistillConfig(LossWeights):
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         return merged(cls, read_recipe(path), given)
+
+
+def check_stored(budgets: Iterable[float], tables: Container[float], setting: str) -> None:
+    """Make sure that there is a table for every budget.
+
+    Raises:
+        TrainingError: there is none; `setting` is what asks for them.
+    """
+    missing = [f"{budget:g}" for budget in budgets if budget not in tables]
+    if missing:
+        raise TrainingError(
+            f"no table for budgets {', '.join(missing)}: run matkv allocate first, or leave "
+            f"{setting} out"
+        )

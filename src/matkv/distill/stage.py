@@ -23,10 +23,12 @@ from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Distilled
 from matkv.artifact.lora import Lora
 from matkv.bases.maps import SideBases
+from matkv.bases.quantizer import Quantizer
 from matkv.distill.adapters import Adapters
 from matkv.distill.bases import Bases, rank_axes, sizes_of
 from matkv.distill.checkpoints import last_checkpoint, remove_checkpoints
-from matkv.distill.config import DistillConfig
+from matkv.distill.coded import Coding, level_axes
+from matkv.distill.config import DistillConfig, check_stored
 from matkv.distill.end_to_end import DistillTrainer, Probe, train_end_to_end, training_arguments
 from matkv.distill.examples import Examples, TrainingSet, as_batch, as_example, longest_of
 from matkv.distill.local import fit_locally, recorded_nbytes
@@ -34,13 +36,14 @@ from matkv.distill.student import Student, check_head
 from matkv.errors import TrainingError
 from matkv.hf.geometry import geometry_of
 from matkv.hf.memory import check_fits
-from matkv.hf.observe import measure_energy
+from matkv.hf.observe import collect_moments, fit_quantizers, measure_energy
 from matkv.hf.weights import fingerprint
 from matkv.progress import Interrupt, OnProgress, Spent, own_randomness
-from matkv.ranks import SIDES
+from matkv.ranks import SIDES, Side
 from matkv.schedule import Axis, Schedule, uniform_rungs
 
 PROBE_SEQUENCES = 2
+CODED_SEQUENCES = 16  # whose latents the scales and steps of codes are fitted to
 
 
 def distill(
@@ -147,7 +150,15 @@ class _Run:
         check_head(self.model)
         adapters = self._adapters()
         try:
-            student = Student(self.model, self.bases, config, adapters, recent=self.recent)
+            student = Student(
+                self.model,
+                self.bases,
+                config,
+                adapters,
+                recent=self.recent,
+                sink=self.artifact.sink,
+                coding=self._coding(examples),
+            )
             data = self._data(examples, config.batch_size, arguments.max_steps)
             earlier = {name: spent.to_json() for name, spent in self.done.items()}
             trainer = DistillTrainer(student, data, config, arguments, earlier)
@@ -170,11 +181,19 @@ class _Run:
         maps = self.bases.export()
         sequences = _first(held_out if held_out is not None else examples)
         energy = measure_energy(self.model, maps, sequences)
+        quantizers: dict[tuple[int, Side], Quantizer] = {}
+        if self.config.codes:
+            seen = _first(examples, CODED_SEQUENCES)
+            quantizers = fit_quantizers(self.model, maps, seen, sink=self.artifact.sink)
         bases = {
-            layer: {side: SideBases(sides[side], energy[layer, side]) for side in SIDES}
+            layer: {
+                side: SideBases(sides[side], energy[layer, side], quantizers.get((layer, side)))
+                for side in SIDES
+            }
             for layer, sides in maps.items()
         }
-        tables = self.artifact.tables if self.config.adaptive else {}
+        keeps_tables = self.config.adaptive or self.config.codes
+        tables = self.artifact.tables if keeps_tables else {}
         made = replace(
             self.artifact, bases=bases, tables=tables, lora=self.lora, recent=self.recent
         )
@@ -190,11 +209,29 @@ class _Run:
         with own_randomness(self.config.seed):
             return Adapters(self.model, self.config.lora) if self.config.lora.rank else None
 
+    def _coding(self, examples: Examples) -> Coding | None:
+        """The stored tables as levels, and what their codes follow from."""
+        if not self.config.codes:
+            return None
+        tables, budgets = self.artifact.tables, self.config.rungs
+        check_stored(budgets, tables, "codes")
+        places = self.bases.heads
+        quantizers = {place: self.artifact.quantizer(*place) for place in places}
+        moments, _ = collect_moments(
+            self.model, [one["input_ids"][None] for one in _first(examples, CODED_SEQUENCES)]
+        )
+        by_place = {(layer, side): getattr(moments[layer], side) for layer, side in places}
+        return Coding([tables[budget] for budget in budgets], quantizers, by_place)
+
     def _axes(self) -> tuple[Axis, ...]:
+        if self.config.codes:
+            return level_axes(self.artifact, self.config.rungs)
         return rank_axes(self.artifact.geometry, self.config.rank_step)
 
     def _schedule(self) -> Schedule:
-        tables = {budget: sizes_of(table) for budget, table in self.artifact.tables.items()}
+        tables = {}
+        if self.config.adaptive:
+            tables = {budget: sizes_of(table) for budget, table in self.artifact.tables.items()}
         return self.config.make_schedule(self._axes(), tables)
 
     def _data(self, examples: Examples, batch_size: int, steps: int) -> TrainingSet:
@@ -210,8 +247,12 @@ class _Run:
     def _probe(self, held_out: Examples | None) -> Probe | None:
         if held_out is None:
             return None
-        budgets = self.config.probe.budgets
-        rungs = dict(zip(budgets, uniform_rungs(self._axes(), budgets), strict=True))
+        axes, budgets = self._axes(), self.config.probe.budgets
+        if self.config.codes:
+            budgets = self.config.rungs
+            rungs = {one: (level,) * len(axes) for level, one in enumerate(budgets, 1)}
+            return Probe(as_batch(_first(held_out)), rungs)
+        rungs = dict(zip(budgets, uniform_rungs(axes, budgets), strict=True))
         return Probe(as_batch(_first(held_out)), rungs)
 
 
@@ -224,8 +265,8 @@ def _check_recent(recent: int, longest: int) -> None:
         )
 
 
-def _first(examples: Examples) -> list[dict[str, Tensor]]:
-    return [as_example(examples[index]) for index in range(min(PROBE_SEQUENCES, len(examples)))]
+def _first(examples: Examples, count: int = PROBE_SEQUENCES) -> list[dict[str, Tensor]]:
+    return [as_example(examples[index]) for index in range(min(count, len(examples)))]
 
 
 @contextmanager

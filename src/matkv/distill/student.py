@@ -22,6 +22,7 @@ from matkv.bases.gates import Projected
 from matkv.data.batch import IGNORED, Batch
 from matkv.distill.adapters import Adapters
 from matkv.distill.bases import Bases
+from matkv.distill.coded import Coding, Recoded
 from matkv.distill.losses import LossWeights, chunk_size, distillation_loss
 from matkv.errors import UnsupportedModelError
 from matkv.hf.handlers import truncating
@@ -32,7 +33,7 @@ class Student(nn.Module):
     """Model and bases together; `forward` is the loss of a batch.
 
     The model must have passed `check_head`. Only bases and adapters learn. The `recent` tokens
-    before a query are exact. `attending()` must be open during forward and backward passes, because
+    before a query are exact, and the first `sink`; with `coding` sizes are levels of it. `attending()` must be open during forward and backward passes, because
     gradient checkpointing runs layers again backwards.
     """
 
@@ -46,10 +47,14 @@ class Student(nn.Module):
         adapters: Adapters | None = None,
         *,
         recent: int = 0,
+        sink: int = 0,
+        coding: Coding | None = None,
     ) -> None:
         super().__init__()
         self.model, self.bases, self.weights, self.adapters = model, bases, weights, adapters
-        self.projected = {layer: Projected(recent) for layer, _ in bases.heads}
+        self.coding = coding
+        kind = Projected if coding is None else Recoded
+        self.projected = {layer: kind(recent, sink) for layer, _ in bases.heads}
         # Every process has loaded the same weights: DDP need not send what does not learn.
         self._ddp_params_and_buffers_to_ignore = [
             *(name for name, parameter in self.named_parameters() if not parameter.requires_grad),
@@ -95,7 +100,7 @@ class Student(nn.Module):
             (teacher_NM,) = self._hidden(batch, index_N)
         # The K draws form one batch, so that the projections stay the same until the backward pass
         # has run the layers again.
-        self._project(self.bases(sizes_BKX.transpose(0, 1).flatten(0, 1)))
+        self._project(sizes_BKX.transpose(0, 1).flatten(0, 1))
         student_KNM = self._hidden(batch, index_N, K)
         vocabulary = self.model.config.get_text_config().vocab_size
         loss_K = distillation_loss(
@@ -115,11 +120,29 @@ class Student(nn.Module):
         hidden_KNM: Tensor = hidden_KXM.index_select(1, index_N)
         return hidden_KNM
 
-    def _project(self, products: dict[tuple[int, Side], Tensor] | None) -> None:
+    def _project(self, sizes_BX: Tensor | None) -> None:
         """Put the student's projections in place, or take them out for the teacher."""
+        if self.coding is not None:
+            self._recode(self.coding, sizes_BX)
+            return
+        products = None if sizes_BX is None else self.bases(sizes_BX)
         for layer, projected in self.projected.items():
             projected.key = None if products is None else products[layer, "key"]
             projected.value = None if products is None else products[layer, "value"]
+
+    def _recode(self, coding: Coding, levels_BX: Tensor | None) -> None:
+        """The same with codes, whose sizes are levels."""
+        for projected in self.projected.values():
+            projected.sides.clear()  # type: ignore[attr-defined]
+        if levels_BX is None:
+            return
+        levels = levels_BX.split(list(self.bases.heads.values()), dim=1)
+        by_place = dict(zip(self.bases.heads, levels, strict=True))
+        for place, maps in self.bases.maps().items():
+            layer, side = place
+            widths_BGD = coding.widths_at(place, by_place[place])
+            state = maps, coding.quantizer(place, maps), widths_BGD
+            self.projected[layer].sides[side] = state  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

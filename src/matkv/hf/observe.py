@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from matkv.bases.maps import Maps
 from matkv.bases.moments import LayerMoments, column_energy
+from matkv.bases.quantizer import Quantizer, fit
 from matkv.data.batch import Batch, Tokens
 from matkv.errors import DataError, UnsupportedModelError
 from matkv.hf.function import handled
@@ -20,7 +21,7 @@ from matkv.hf.probe import check_attends
 from matkv.hf.weights import output_projection, weight_of
 from matkv.hf.wrappers import decoder_of, device_of, model_in
 from matkv.progress import OnProgress, Report
-from matkv.ranks import LayerShape, Side
+from matkv.ranks import SIDES, LayerShape, Side
 
 
 @torch.no_grad()
@@ -101,6 +102,30 @@ def measure_energy(
         for layer, sides in layers.items()
         for side, maps in sides.items()
     }
+
+
+def fit_quantizers(
+    model: nn.Module,
+    layers: Mapping[int, Mapping[Side, Maps]],
+    sequences: Iterable[Mapping[str, Tensor]],
+    *,
+    sink: int = 0,
+) -> dict[tuple[int, Side], Quantizer]:
+    """Quantizers for bases, from the latents of a few sequences [T] but for their first tokens."""
+    seen: dict[tuple[int, Side], list[Tensor]] = {}
+
+    def watch(layer: int) -> Observer:
+        def see(_: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+            for side, x_BGTD in zip(SIDES, (key_BGTD, value_BGTD), strict=True):
+                encode_GDD = layers[layer][side].encode_XDD
+                z_BGTD = x_BGTD[:, :, sink:].float() @ encode_GDD.to(x_BGTD.device)
+                seen.setdefault((layer, side), []).append(z_BGTD.transpose(0, 1).flatten(1, 2))
+
+        return see
+
+    observers = {layer: watch(layer) for layer in layers}
+    observe(model, observers, (one["input_ids"][None] for one in sequences))
+    return {name: fit(torch.cat(parts, dim=1)).changed(Tensor.cpu) for name, parts in seen.items()}
 
 
 class _Counter:
