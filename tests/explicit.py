@@ -74,7 +74,7 @@ def attend_explicit(
 def rebuilt(latents: Latents) -> tuple[Tensor, Tensor]:
     """Keys and values of the latents at full width, in fp32.  [BGLD]"""
     projection, keys, values = latents.projection, [], []
-    for bucket, rows_BNLC in zip(projection.buckets, latents.rows, strict=True):
+    for bucket, rows_BNLC in zip(projection.buckets, projection.latents(latents.rows), strict=True):
         width, rows = bucket.width, rows_BNLC.float()
         enter_NDM = projection.query[bucket.heads, :, :width].float()
         leave_NMD = projection.output[bucket.heads, projection.width - width :].float()

@@ -114,7 +114,7 @@ class _Run:
         batches = [tokens(2, 24, seed=seed) for seed in range(4)]
         made = {}
         for name, (start, changes) in settings.items():
-            sizes: dict[str, Any] = {"search_tokens": 96, "held_out_tokens": 48}
+            sizes: dict[str, Any] = {"search_tokens": 96, "held_out_tokens": 48, "codes": (16,)}
             config = AllocateConfig(**sizes | changes, seed=self.seed)
             made[name] = allocate(self.model, start, batches, config)
         return made

@@ -17,7 +17,7 @@ PACKAGE = Path(matkv.__file__).parent
 # never import one another. A wing without a floor has to find its place here first.
 FLOORS = """
 errors progress logits
-files schedule settings
+files schedule settings codes
 ranks data models
 bases
 artifact latents

@@ -1,4 +1,4 @@
-"""Codes: what one latent column costs at a width in bits, and how many columns of a head have which.
+"""Codes: what one latent column costs at a width in bits, and which columns of a head have which.
 
 A column is kept in the model's dtype, which counts as 16 bits, or as a code of 8, 4 or 2 bits, or
 not at all. Columns are ordered by importance, so a head's columns are a few bands, wide ones first.
@@ -23,6 +23,7 @@ def plain_bands(rank: int) -> Bands:
 
 
 def has_codes(bands: Bands) -> bool:
+    """Whether some columns are codes."""
     return any(bands[1:])
 
 
@@ -52,8 +53,3 @@ def bands_of(widths: Sequence[int]) -> Bands:
 def widths_of(bands: Bands) -> list[int]:
     """The width of every kept column."""
     return [width for count, width in zip(bands, WIDTHS, strict=True) for _ in range(count)]
-
-
-def bits_name(bits: float) -> str:
-    """An average width as tables show it."""
-    return f"{bits:.3g} bits"

@@ -84,8 +84,8 @@ class RankTable:
     Layers with a sliding window are listed at their full head dim. Zero is a rank: key rank zero
     attends evenly to all visible tokens, value rank zero makes the head's output zero.
 
-    `coded` says which heads keep some of their columns as codes (`matkv.codes`), and the bands of
-    these; the ranks are the sums of bands. Without any, every column is kept in the model's dtype.
+    `coded` holds the bands of heads with columns kept as codes (`matkv.codes`); a rank is their
+    sum. All other columns are kept in the model's dtype.
 
     Raises:
         RankError: a rank is outside 0..head_dim, bands do not add up to their rank, or the table
@@ -121,11 +121,9 @@ class RankTable:
             raise RankError(f"{where}: there is no such head that grows")
         if len(bands) != 4 or not all(type(one) is int and one >= 0 for one in bands):
             raise RankError(f"{where}: {bands!r} must be columns at 16, 8, 4 and 2 bits")
-        if not has_codes(bands) or sum(bands) != self.side(side)[layer][head]:
-            raise RankError(
-                f"{where}: {bands} must add up to the rank {self.side(side)[layer][head]}, and "
-                "have codes"
-            )
+        rank = self.side(side)[layer][head]
+        if not has_codes(bands) or sum(bands) != rank:
+            raise RankError(f"{where}: {bands} must have codes, and add up to the rank {rank}")
 
     def side(self, side: Side) -> tuple[LayerRanks, ...]:
         """The ranks of all layers' heads on one side."""
@@ -152,12 +150,7 @@ class RankTable:
 
     @classmethod
     def uniform_sides(
-        cls,
-        geometry: Geometry,
-        key_budget: float,
-        value_budget: float,
-        *,
-        step: int | None = None,
+        cls, geometry: Geometry, key_budget: float, value_budget: float, *, step: int | None = None
     ) -> RankTable:
         """One rank for all keys and another for all values, each within its own budget.
 
@@ -208,7 +201,6 @@ class RankTable:
         )
 
     def is_coded(self, layer: int) -> bool:
-        """Whether some columns of a layer are kept as codes."""
         return any(cell[0] == layer for cell in self.coded)
 
     @property
@@ -225,15 +217,10 @@ class RankTable:
         """Kept over full bytes in a dtype of 16 bits, of one side of the layers that grow."""
         return self._row_bytes(HALF, (side,)) / self.geometry.columns
 
-    @property
-    def bits(self) -> float:
-        """Average width of the kept columns, gains counted; 16 without codes."""
-        return 8 * self._row_bytes(HALF) / max(1, self.columns)
-
     def held(self, tokens: int, *, sink: int = 0, recent: int = 0) -> float:
         """Held over full bytes after so many tokens, exact ones counted; of layers that grow."""
-        exact = min(tokens, sink + recent)
-        return (exact + (tokens - exact) * self.budget) / tokens
+        exact, full = min(tokens, sink + recent), HALF * self.geometry.columns
+        return (exact * full + (tokens - exact) * self._row_bytes(HALF)) / (tokens * full)
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one more token of one sequence adds to the cache."""
@@ -244,8 +231,8 @@ class RankTable:
     ) -> int:
         """Bytes the cache holds for `batch` sequences of `tokens` tokens each.
 
-        A layer with a sliding window holds its last window - 1 tokens at full width, as
-        transformers does. The first `sink` and the last `recent` tokens are held at full width.
+        Full width have the first `sink` and the last `recent` tokens, and the last window - 1 of a
+        layer with a sliding window, as transformers has them.
         """
         exact = min(tokens, sink + recent)
         total = (tokens - exact) * self._row_bytes(dtype.itemsize)
@@ -273,10 +260,8 @@ class RankTable:
     def to_json(self) -> dict[str, Any]:
         """Lists of each layer's ranks, by side; and the bands of the heads that have codes."""
         ranks = {side: [list(ranks) for ranks in self.side(side)] for side in SIDES}
-        if not self.coded:
-            return ranks
         coded = [[*cell, list(bands)] for cell, bands in sorted(self.coded.items())]
-        return ranks | {"coded": coded}
+        return ranks | ({"coded": coded} if coded else {})
 
     @classmethod
     def from_json(cls, geometry: Geometry, data: dict[str, Any]) -> RankTable:

@@ -2,8 +2,8 @@
 
     damage of a column at b bits = ½ F_j E_j(b)
 
-F_j is the expected square of the gradient of the log-likelihood by the column's latent, a token at a
-time, E_j(b) the mean squared error of the quantizer in use; of a dropped column, its energy. One
+F_j is the expected square of the gradient of the log-likelihood by the column's latent, a token at
+a time, E_j(b) the mean squared error of the quantizer in use; of a dropped column, its energy. One
 price λ a bit makes a table: every head takes the widths that minimize damage + λ bits, falling from
 its first column to its last. Tables of rising prices are nested, and budgets are prices (reverse
 water-filling). No model is needed here.

@@ -49,7 +49,11 @@ def allocate_codes(
     rounds = Rounds(model, artifact, read, config)
     lines = [
         Waterline(
-            artifact.geometry, damage, config.constraints, config.codes or (16, 8, 4, 2), dropping=one
+            artifact.geometry,
+            damage,
+            config.constraints,
+            config.codes or (16, 8, 4, 2),
+            dropping=one,
         )
         for one in DROPPING
     ]
@@ -87,7 +91,7 @@ def _smallest(line: Waterline, verifier: Verifier, error: str, limit: float) -> 
         measured: float = getattr(verifier.divergence(table), error)
         return measured <= limit
 
-    high, low = math.log(line.at(0.0).budget), math.log(line.at(2.0**20).budget)
+    high, low = 0.0, math.log(max(line.at(2.0**20).budget, 1e-4))
     best = line.at(0.0)
     if not holds(best):
         raise BudgetError(f"not even the largest table holds max_{error} {limit:g}: raise it")

@@ -107,8 +107,8 @@ class AllocateConfig:
     )
     codes: Many[Literal[16, 8, 4, 2]] | None = Field(
         default=None,
-        description="fisher: bits that a column may have; all of 16, 8, 4 and 2 by default, 16 alone "
-        "for ranks without codes",
+        description="fisher: bits that a column may have; 16, 8, 4 and 2 by default, 16 alone for "
+        "ranks without codes",
     )
     constraints: Constraints = Field(default_factory=Constraints)
     max_kl: Positive | None = Field(

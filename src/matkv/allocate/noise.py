@@ -27,11 +27,11 @@ FITTED = 4096
 class Trace:
     """One side of one layer: latents of some tokens, and summed squares of gradients by them."""
 
-    def __init__(self, maps_encode_GDD: Tensor, maps_decode_GDD: Tensor, sink: int) -> None:
-        self.encode_GDD, self.decode_GDD, self.sink = maps_encode_GDD, maps_decode_GDD, sink
+    def __init__(self, encode_GDD: Tensor, decode_GDD: Tensor, sink: int) -> None:
+        self.encode_GDD, self.decode_GDD, self.sink = encode_GDD, decode_GDD, sink
         self.latents: list[Tensor] = []
         self.kept = 0
-        self.squares_GD = torch.zeros(encode_shape(maps_encode_GDD))
+        self.squares_GD = torch.zeros(encode_GDD.shape[:2])
 
     def see(self, x_BGTD: Tensor) -> None:
         """Keep the latents of a batch, of the first `FITTED` tokens in all."""
@@ -46,10 +46,6 @@ class Trace:
         """Add a batch's gradients by the states."""
         by_latent_BGTD = grad_BGTD.float() @ self.decode_GDD
         self.squares_GD += by_latent_BGTD[:, :, self.sink :].square().sum((0, 2)).cpu()
-
-
-def encode_shape(encode_GDD: Tensor) -> tuple[int, int]:
-    return encode_GDD.shape[0], encode_GDD.shape[1]
 
 
 def measure_noise(
@@ -102,12 +98,12 @@ def _damages(
             yield (layer, side, head), damage_WGD[:, head].T
 
 
-def with_quantizers(
-    artifact: Artifact, quantizers: dict[tuple[int, Side], Quantizer]
-) -> Artifact:
+def with_quantizers(artifact: Artifact, quantizers: dict[tuple[int, Side], Quantizer]) -> Artifact:
     """A copy of the artifact whose bases have these quantizers."""
     bases = {
-        layer: {side: replace(one, quantizer=quantizers[layer, side]) for side, one in sides.items()}
+        layer: {
+            side: replace(one, quantizer=quantizers[layer, side]) for side, one in sides.items()
+        }
         for layer, sides in artifact.bases.items()
     }
     return replace(artifact, bases=bases)

@@ -77,41 +77,45 @@ def allocate(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    if config.has_codes:
-        try:
+    try:
+        if config.has_codes:
             artifact, tables, checks = allocate_codes(
                 model, artifact, held_out, texts, config, budgets, on_progress
             )
-        finally:
-            model.train(was_training)
-        entry = Allocated(settings=asdict(config), seconds=_since(started), checks=checks)
-        return replace(artifact, tables=tables).with_history(entry)
-    try:
-        rounds = Rounds(model, artifact, texts, config)
-        path, interrupted = rounds.run(Descent(space), min(budgets), state, on_progress)
-        shares: dict[float, float] = {}
-        if config.method == "fisher" and config.blend and not interrupted:
-            path, shares = rounds.blend(path, budgets)
-        tables = _tables(path, budgets)
-        checks: tuple[Check, ...] = ()
-        if interrupted and path.drops:
-            tables[own_budget(path.table())] = path.table()
-        elif not interrupted:
-            checks = _verified(rounds.verifier(held_out), path, tables, config)
+            entry = Allocated(settings=asdict(config), checks=checks)
+        else:
+            rounds = Rounds(model, artifact, texts, config)
+            tables, entry = _search(rounds, space, budgets, held_out, state, on_progress)
     finally:
         model.train(was_training)
+    seconds = round(time.perf_counter() - started, 1)
+    return replace(artifact, tables=tables).with_history(replace(entry, seconds=seconds))
+
+
+def _search(
+    rounds: Rounds,
+    space: Space,
+    budgets: Sequence[float],
+    held_out: Text,
+    state: str | Path | None,
+    on_progress: OnProgress | None,
+) -> tuple[dict[float, RankTable], Allocated]:
+    """Tables of ranks alone by budget, and what is said of their search but its time."""
+    config = rounds.config
+    path, interrupted = rounds.run(Descent(space), min(budgets), state, on_progress)
+    shares: dict[float, float] = {}
+    if config.method == "fisher" and config.blend and not interrupted:
+        path, shares = rounds.blend(path, budgets)
+    tables = _tables(path, budgets)
+    checks: tuple[Check, ...] = ()
+    if interrupted and path.drops:
+        tables[own_budget(path.table())] = path.table()
+    elif not interrupted:
+        checks = _verified(rounds.verifier(held_out), path, tables, config)
     entry = Allocated(
-        settings=asdict(config),
-        seconds=_since(started),
-        interrupted=interrupted,
-        shares=shares,
-        checks=checks,
+        settings=asdict(config), interrupted=interrupted, shares=shares, checks=checks
     )
-    return replace(artifact, tables=tables).with_history(entry)
-
-
-def _since(started: float) -> float:
-    return round(time.perf_counter() - started, 1)
+    return tables, entry
 
 
 def _check_search(

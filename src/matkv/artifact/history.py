@@ -62,7 +62,11 @@ class Distilled(Entry):
     @property
     def smallest_rank(self) -> int:
         """The smallest rank that was trained; 0 where that is not known, and with codes."""
-        return 0 if self.schedule is None or self.settings.get("codes") else min(self.schedule.smallest)
+        return (
+            0
+            if self.schedule is None or self.settings.get("codes")
+            else min(self.schedule.smallest)
+        )
 
     @property
     def loss_weights(self) -> tuple[float, float] | None:

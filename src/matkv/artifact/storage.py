@@ -77,7 +77,9 @@ def _read_side(tensors: dict[str, Tensor], geometry: Geometry, layer: int, side:
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds numbers that are not finite")
-    return SideBases(Maps(encode_GDD, decode_GDD), energy_GD, _read_quantizer(tensors, name, square))
+    return SideBases(
+        Maps(encode_GDD, decode_GDD), energy_GD, _read_quantizer(tensors, name, square)
+    )
 
 
 def _read_quantizer(

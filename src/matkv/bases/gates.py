@@ -35,7 +35,9 @@ class Projected:
 
     def __call__(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         states: dict[Side, Tensor] = {"key": key_BGTD, "value": value_BGTD}
-        key, value = (self._first_exact(states[side], self.changed(side, states[side])) for side in SIDES)
+        key, value = (
+            self._first_exact(states[side], self.changed(side, states[side])) for side in SIDES
+        )
         return key, value
 
     def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:

@@ -47,7 +47,6 @@ class Quantizer:
         """Every tensor changed alike."""
         return Quantizer(*(change(getattr(self, one.name)) for one in fields(self)))
 
-
     def rescaled(self, moment_GDD: Tensor, encode_GDD: Tensor) -> Quantizer:
         """The same steps for other bases, of states with this second moment.  [GDD, GDD]"""
         square_GD = torch.einsum("gdr,gde,ger->gr", encode_GDD, moment_GDD, encode_GDD)

@@ -26,15 +26,15 @@ from matkv.distill.coded import Coding, Recoded
 from matkv.distill.losses import LossWeights, chunk_size, distillation_loss
 from matkv.errors import UnsupportedModelError
 from matkv.hf.handlers import truncating
-from matkv.ranks import Side
 
 
 class Student(nn.Module):
     """Model and bases together; `forward` is the loss of a batch.
 
-    The model must have passed `check_head`. Only bases and adapters learn. The `recent` tokens
-    before a query are exact, and the first `sink`; with `coding` sizes are levels of it. `attending()` must be open during forward and backward passes, because
-    gradient checkpointing runs layers again backwards.
+    The model must have passed `check_head`. Only bases and adapters learn. The first `sink` tokens
+    are exact, and the `recent` ones before a query. With `coding` sizes are levels of it.
+    `attending()` must be open during forward and backward passes, because gradient checkpointing
+    runs layers again backwards.
     """
 
     accepts_loss_kwargs = True  # transformers' Trainer then passes `num_items_in_batch`

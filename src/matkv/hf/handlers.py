@@ -40,6 +40,8 @@ class OnLatents(LayerProjection):
         out_BHQD = attend(
             latents, call.query_BHQD, call.mask, scaling=scaling, dropout=call.dropout
         )
+        if self.coder is not None and out_BHQD.requires_grad:
+            out_BHQD.register_hook(_refuse_gradient)
         return out_BHQD.transpose(1, 2).contiguous()
 
     def _latents(self, call: Call) -> Latents:
@@ -61,6 +63,15 @@ class OnLatents(LayerProjection):
         """A model unpickled in a new process asks for its attention implementation by name."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         register()
+
+
+def _refuse_gradient(gradient_BHQD: Tensor) -> None:
+    """Raises:
+    CacheError: always, for keys and values would get no gradient.
+    """
+    raise CacheError(
+        "codes in a cache pass no gradient on: train with matkv.distill, or attach at ranks"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from matkv.bases.maps import Maps
 from matkv.bases.quantizer import Quantizer, coded, gain_codes, gains, levels_of
 from matkv.codes import CODED, WIDTHS, Bands, code_bytes, has_codes, widths_of
-from matkv.errors import CacheError
 from matkv.latents.packing import pack, packed_size, unpack_into
 from matkv.ranks import LayerBands
 
@@ -47,7 +46,9 @@ class SideCoding:
         for head, bands in enumerate(self.bands):
             for column, width in enumerate(widths_of(bands)):
                 if width in CODED:
-                    step_GD[head, column] = self.quantizer.step_WGD[CODED.index(width), head, column]
+                    step_GD[head, column] = self.quantizer.step_WGD[
+                        CODED.index(width), head, column
+                    ]
         return step_GD
 
     def units(self) -> Tensor:
@@ -89,18 +90,12 @@ class Coder(nn.Module):
         self.register_buffer("step", torch.cat(steps, dim=1), persistent=False)
 
     def coordinates(self, states_BGTF: Tensor) -> Tensor:
-        """Coordinates of unit variance, in fp32 whatever the states are.  [BGTF]
+        """Coordinates of unit variance, in fp32 whatever the states are, without gradients.
 
-        Raises:
-            CacheError: gradients flow, which codes would stop without a word.
+        [BGTF]
         """
-        if states_BGTF.requires_grad and torch.is_grad_enabled():
-            raise CacheError(
-                "codes in a cache pass no gradient on: train with matkv.distill, or under "
-                "torch.no_grad()"
-            )
-        with torch.autocast(states_BGTF.device.type, enabled=False):
-            y_BGTF = states_BGTF.float() @ self.encode.float()
+        with torch.no_grad(), torch.autocast(states_BGTF.device.type, enabled=False):
+            y_BGTF: Tensor = states_BGTF.float() @ self.encode.float()
             return y_BGTF + self.shift.float()[:, None]
 
     def rows(self, y_BGTF: Tensor, heads: slice, dtype: torch.dtype) -> list[Tensor]:

@@ -9,7 +9,6 @@ Shapes: C columns of one band, Y bytes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

@@ -1,0 +1,38 @@
+"""Every test of caches runs on ranks and on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import matkv
+from coded import coded
+from tiny import FAMILIES, RELATED, Tiny, tiny
+
+KINDS = {"ranks": tiny, "codes": coded}
+
+
+def _lent(kind: str, name: str) -> Iterator[Tiny]:
+    subject = KINDS[kind](name)
+    yield subject
+    matkv.detach(subject.model)
+    subject.model.requires_grad_(True)
+
+
+@pytest.fixture(params=KINDS)
+def llama(request: pytest.FixtureRequest) -> Iterator[Tiny]:
+    yield from _lent(request.param, "llama")
+
+
+@pytest.fixture(params=KINDS)
+def gemma3(request: pytest.FixtureRequest) -> Iterator[Tiny]:
+    yield from _lent(request.param, "gemma3")
+
+
+@pytest.fixture(
+    params=[(kind, name) for kind in KINDS for name in FAMILIES if name not in RELATED],
+    ids="-".join,
+)
+def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
+    yield from _lent(*request.param)
