@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from matkv.allocate.noise import with_quantizers
 from matkv.codes import WIDTHS, Bands
@@ -44,7 +45,7 @@ def _bands(rng: random.Random, dim: int) -> Bands:
         counts = [columns if index == place else 0 for index in range(len(WIDTHS))]
     else:
         cuts = sorted(rng.randint(0, dim) for _ in WIDTHS)
-        counts = [cuts[0], *(last - first for first, last in zip(cuts, cuts[1:], strict=False))]
+        counts = [cuts[0], *(last - first for first, last in pairwise(cuts))]
     sixteen, eight, four, two = counts
     return sixteen, eight, four, two
 

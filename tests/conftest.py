@@ -49,6 +49,22 @@ def llama() -> Iterator[Tiny]:
     _give_back(subject)
 
 
+@pytest.fixture(params=[name for name in FAMILIES if name not in RELATED])
+def ranked_family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
+    """`family` where tables have codes elsewhere in a folder."""
+    subject = tiny(request.param)
+    yield subject
+    _give_back(subject)
+
+
+@pytest.fixture
+def ranked_llama() -> Iterator[Tiny]:
+    """`llama` where tables have codes elsewhere in a folder."""
+    subject = tiny("llama")
+    yield subject
+    _give_back(subject)
+
+
 @pytest.fixture
 def gemma3() -> Iterator[Tiny]:
     """Sliding and growing layers in turn."""

@@ -17,7 +17,7 @@ PACKAGE = Path(matkv.__file__).parent
 # never import one another. A wing without a floor has to find its place here first.
 FLOORS = """
 errors progress logits
-files schedule settings codes
+files schedule settings codes geometry
 ranks data models
 bases
 artifact latents
@@ -134,6 +134,7 @@ def test_only_the_expected_names_and_every_error_are_exported() -> None:
         "calibrate",
         "detach",
         "load_model",
+        "shrink",
     ]
     for name in matkv.__all__:
         assert getattr(matkv, name).__module__.startswith("matkv.")

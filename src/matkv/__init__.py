@@ -23,6 +23,7 @@ from matkv.ranks import RankTable
 if TYPE_CHECKING:
     from matkv.cache.cache import LatentCache
     from matkv.hf.attach import attach, attached, detach
+    from matkv.hf.shrink import shrink
     from matkv.models.load import load_model
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "calibrate",
     "detach",
     "load_model",
+    "shrink",
 ]
 __version__ = "0.1.0"
 # Imported when asked for: what stands upon transformers needs seconds.
@@ -54,6 +56,7 @@ LAZY = {
     "attach": "hf.attach",
     "attached": "hf.attach",
     "detach": "hf.attach",
+    "shrink": "hf.shrink",
     "load_model": "models.load",
 }
 

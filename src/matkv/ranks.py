@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,59 +17,14 @@ from pydantic import AfterValidator, Field
 from matkv.codes import Bands, has_codes, plain_bands, row_bytes
 from matkv.errors import BudgetError, RankError
 from matkv.files import digest
+from matkv.geometry import Geometry as Geometry
+from matkv.geometry import LayerShape as LayerShape
+from matkv.geometry import default_step as default_step
 from matkv.schedule import whole_grains
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
 Cell = tuple[int, Side, int]  # layer, side, head
-Size = Annotated[int, Field(strict=True, gt=0, le=2**31 - 1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """One layer's cache: `kv_heads` × `head_dim` for keys and for values, a token.
-
-    `window` is the layer's sliding window in tokens; None means that it keeps every token.
-    """
-
-    kv_heads: Size
-    head_dim: Size
-    window: Size | None = None
-
-    @property
-    def grows(self) -> bool:
-        return self.window is None
-
-    @property
-    def columns(self) -> int:
-        """Numbers of one token at full width, keys and values."""
-        return 2 * self.kv_heads * self.head_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """The shape of a model's cache: `query_heads` of every layer, and each layer's `LayerShape`."""
-
-    query_heads: Size
-    layers: tuple[LayerShape, ...]
-
-    @property
-    def growing(self) -> tuple[int, ...]:
-        """Indices of the layers that keep every token: the ones matkv compresses."""
-        return tuple(index for index, layer in enumerate(self.layers) if layer.grows)
-
-    @property
-    def columns(self) -> int:
-        """Numbers of one token at full width, of all layers that grow."""
-        return sum(self.layers[index].columns for index in self.growing)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def default_step(head_dim: int) -> int:
-    """Δ, the grain of ranks in a layer unless another is asked for: an eighth of the head dim."""
-    return max(1, head_dim // 8)
 
 
 LayerRanks = tuple[int, ...]
@@ -202,6 +157,11 @@ class RankTable:
 
     def is_coded(self, layer: int) -> bool:
         return any(cell[0] == layer for cell in self.coded)
+
+    def bits(self, layer: int, side: Side) -> list[float]:
+        """Bits that every head of a layer spends on a column of its head dim, its gain counted."""
+        dim = self.geometry.layers[layer].head_dim
+        return [8 * row_bytes(bands, HALF) / dim for bands in self.bands(layer, side)]
 
     @property
     def columns(self) -> int:

@@ -19,7 +19,16 @@ import matkv
 from matkv.cache.cache import use_latents
 from matkv.cache.static import StaticLatentCache
 from matkv.errors import CacheError
-from tiny import Tiny, build, greedy, largest_difference, latent_layers, stepwise, tokens
+from tiny import (
+    Tiny,
+    build,
+    greedy,
+    largest_difference,
+    latent_layers,
+    ragged_table,
+    stepwise,
+    tokens,
+)
 
 TOLERANCE = 5e-5
 KINDS: dict[str, Callable[[Any], Any]] = {
@@ -63,7 +72,7 @@ def test_tokens_of_another_model_or_other_bases_are_refused(
     cache = KINDS[kind](model)
     out = [model(ids[:, :9], past_key_values=cache).logits]
     stranger = other(llama, seed)
-    stranger.attach(ranks=llama.ragged(1))
+    stranger.attach(ranks=ragged_table(llama.geometry, 1))
     with pytest.raises(CacheError, match="of another model or of other bases"):
         stranger.model(ids[:, 9:], past_key_values=cache)
     out.append(model(ids[:, 9:], past_key_values=cache).logits)
@@ -171,7 +180,8 @@ def test_steps_under_autocast_after_a_prompt_outside_and_the_reverse(
     assert largest_difference(logits(), exact) < 2 * noise
 
 
-def test_a_model_attached_in_inference_mode_can_be_trained(llama: Tiny) -> None:
+def test_a_model_attached_in_inference_mode_can_be_trained(ranked_llama: Tiny) -> None:
+    llama = ranked_llama
     with torch.inference_mode():
         llama.attach(ranks=llama.ragged(1), sink=2, recent=3)
         greedy(llama.model, tokens(1, 5), 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import matkv
+from coded import coded
 from matkv.cache.cache import LatentCache, new_cache
 from matkv.cache.static import StaticLatentCache
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
-from tiny import Tiny, largest_difference, latent_layers, stepwise, tokens
+from tiny import Tiny, largest_difference, latent_layers, stepwise, tiny, tokens
 
 EXACT = pytest.mark.parametrize(("sink", "recent"), [(0, 0), (3, 0), (0, 5), (3, 5)])
 
@@ -36,12 +38,12 @@ def feed(subject: Tiny, cache: Any, ids: Tensor) -> Tensor:
 
 
 def tensors_of(thing: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every floating tensor that can be reached from `thing`, except by way of the model."""
+    """Every tensor of numbers or codes that `thing` leads to, except by way of the model."""
     if id(thing) in seen or isinstance(thing, (LayerProjection, str, type)):
         return
     seen.add(id(thing))
     if isinstance(thing, Tensor):
-        if thing.is_floating_point():
+        if thing.is_floating_point() or thing.dtype == torch.uint8:
             yield thing
     elif isinstance(thing, dict):
         for value in thing.values():
@@ -72,11 +74,12 @@ def same_next_logits(subject: Tiny, one: Any, other: Any, batch: int) -> bool:
 @EXACT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", [tiny, coded])
 def test_bytes_are_those_the_rank_table_promises(
-    request: pytest.FixtureRequest, name: str, dtype: torch.dtype, sink: int, recent: int
+    kind: Callable[[str], Tiny], name: str, dtype: torch.dtype, sink: int, recent: int
 ) -> None:
-    shared: Tiny = request.getfixturevalue(name)
-    subject = Tiny(copy.deepcopy(shared.model).to(dtype), shared.artifact)
+    shared = kind(name)
+    subject = replace(shared, model=copy.deepcopy(shared.model).to(dtype))
     table = subject.ragged(1)
     subject.attach(ranks=table, sink=sink, recent=recent)
     cache = matkv.LatentCache(subject.model)
@@ -160,8 +163,9 @@ def test_tokens_added_in_inference_mode_can_be_extended_outside(llama: Tiny) -> 
     assert largest_difference(rest, whole[:, 9:]) < 1e-5
 
 
-def test_gradients_reach_a_learned_prefix_through_plain_tokens(llama: Tiny) -> None:
+def test_gradients_reach_a_learned_prefix_through_plain_tokens(ranked_llama: Tiny) -> None:
     """In the first layer only the prefix has gradients: later tokens must not write over it."""
+    llama = ranked_llama
     model = llama.attach(ranks=llama.ragged(1))
     for parameter in model.parameters():
         parameter.requires_grad_(False)

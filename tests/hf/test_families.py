@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import matkv
+from coded import Coded, coded
 from matkv.cache.layer import LatentLayer
+from matkv.errors import CacheError
 from tiny import (
     FAMILIES,
     Tiny,
@@ -202,9 +204,9 @@ def test_gradients_modes_agree(family: Tiny, sink: int, recent: int, most: float
 
 @pytest.mark.parametrize(("sink", "recent"), [(0, 0), (2, 3)])
 def test_gradients_through_the_cache_are_those_without_it(
-    family: Tiny, sink: int, recent: int
+    ranked_family: Tiny, sink: int, recent: int
 ) -> None:
-    model = family.attach(ranks=family.ragged(7), sink=sink, recent=recent)
+    model = ranked_family.attach(ranks=ranked_family.ragged(7), sink=sink, recent=recent)
     ids = tokens(2, 12)
     parameters = list(model.parameters())
 
@@ -238,7 +240,10 @@ def test_half_precision_stays_close(
     half = copy.deepcopy(family.model).to(dtype)
     noise = largest_difference(half(ids).logits, family.model(ids).logits)
     matkv.attach(half, family.artifact, **options)
-    assert largest_difference(stepwise(half, ids, (5, 3)), exact) < 3 * noise
+    most = 3 * noise
+    if isinstance(family, Coded):  # rounding moves codes by a whole step: less than they all lose
+        most = max(most, largest_difference(family.model(ids).logits, exact))
+    assert largest_difference(stepwise(half, ids, (5, 3)), exact) < most
     assert greedy(half, ids, 4).shape == (2, 20)
 
 
@@ -253,6 +258,18 @@ def test_autocast_stays_close(family: Tiny, sink: int, recent: int) -> None:
     exact = model(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         assert largest_difference(stepwise(model, ids, (5, 3)), exact) < 3 * noise
+
+
+def test_codes_pass_no_gradient_on_and_say_so() -> None:
+    subject = coded("llama")
+    model = subject.attach(ranks=subject.ragged(1))
+    try:
+        logits = model(tokens(2, 9)).logits
+        with pytest.raises(CacheError, match="codes in a cache pass no gradient on"):
+            logits.square().mean().backward()
+    finally:
+        matkv.detach(model)
+        model.zero_grad()
 
 
 def test_families_have_grouped_heads_where_they_can() -> None:

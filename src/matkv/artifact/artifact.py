@@ -25,6 +25,7 @@ from matkv.artifact.config import CONFIG, damaged, read_config, write_config
 from matkv.artifact.history import Distilled, Entry, entries
 from matkv.artifact.hub import download, upload
 from matkv.artifact.lora import Lora
+from matkv.artifact.pretrained import resolved
 from matkv.artifact.storage import (
     BASES,
     LORA,
@@ -266,12 +267,12 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
-        """Read and check an artifact directory.
+        """Read and check an artifact directory, or one that comes with the package, by its name.
 
         Raises:
             ArtifactError: it is missing, foreign, damaged or of another format version.
         """
-        directory = Path(path).resolve()
+        directory = resolved(path).resolve()
         recover_directory(directory)
         stored = read_config(directory)
         try:

@@ -19,6 +19,7 @@ from matkv.cache.rows import Rows
 from matkv.errors import CacheError
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection, joined
+from matkv.latents.narrow import narrowed
 
 
 class HoldsLatents:
@@ -130,6 +131,26 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
     def activate_past_recording(self) -> None:
         """Keep more recent tokens exact until the next `crop`, so that it can roll back."""
         self.record_past = True
+
+    def narrow(self, projection: LayerProjection) -> None:
+        """Go on at another projection of the same bases, with the tokens held so far.
+
+        Raises:
+            CacheError: its bases differ, or the tokens that it keeps exact.
+        """
+        old = self.projection
+        if (old.sink, old.recent) != (projection.sink, projection.recent):
+            raise CacheError("a cache shrinks at the same sink and recent: those it was filled at")
+        if self.rows.count:
+            held = self.rows.first(self.rows.count)
+            rows = Rows(self.rows.reserve)
+            rows.append(narrowed(held, old, projection, self.dtype))
+            self.rows = rows
+        elif old.source != projection.source:
+            raise CacheError("the cache belongs to other bases: use a new one")
+        else:
+            self.rows = Rows(self.rows.reserve)
+        self.projection = projection
 
     # ---- what generation asks of a layer
 

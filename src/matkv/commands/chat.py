@@ -16,7 +16,7 @@ from matkv.commands.from_fields import from_fields
 from matkv.commands.memory import attach_setting, cache_use
 from matkv.commands.options import BudgetOpt, Loading, NewTokensOpt, RunArg, Sampling
 from matkv.commands.tables import bytes_text
-from matkv.errors import MatkvError
+from matkv.errors import BudgetError, MatkvError
 from matkv.ranks import RankTable
 
 PROMPT = "you: "
@@ -37,9 +37,12 @@ def chat_command(
     loading: Loading,
     budget: BudgetOpt = 0.5,
     max_new_tokens: NewTokensOpt = 512,
+    memory: Annotated[
+        str | None, typer.Option(help="bytes of cache, as 64MB, above which it shrinks")
+    ] = None,
 ) -> None:
     """Talk with the model; the compressed cache is kept from turn to turn. Ends with Ctrl-D."""
-    setting = way.at(budget)
+    setting, most = way.at(budget), None if memory is None else as_bytes(memory)
     artifact, model, tokenizer = loading.open(run)
     table = attach_setting(model, artifact, setting)
     conversation = Conversation(model, tokenizer, max_new_tokens=max_new_tokens, **asdict(sampling))
@@ -62,6 +65,35 @@ def chat_command(
             _print_note(HELP if message == "/help" else f"no command {message}; there are:\n{HELP}")
         else:
             _answer(conversation, message)
+            if most is not None:
+                _fit(conversation, most)
+
+
+def as_bytes(text: str) -> int:
+    """Bytes of a size as 64MB or 1GiB.
+
+    Raises:
+        BudgetError: it is none.
+    """
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size <= 0:
+        raise BudgetError(f"memory {text!r} must be a number of bytes, as 64MB or 1GiB")
+    return size
+
+
+def _fit(conversation: Conversation, most: int) -> None:
+    """Shrink a cache of more than `most` bytes, from one stored budget to the next."""
+    if conversation.cache.used_nbytes <= most:
+        return
+    table = conversation.shrink(most)
+    held = bytes_text(conversation.cache.used_nbytes)
+    if conversation.cache.used_nbytes > most:
+        _print_note(f"the cache holds {held}, and no smaller budget is stored: /reset forgets it")
+    if table is not None:
+        _print_note(f"the cache was full: it goes on at {table.budget:.1%}, with {held}")
 
 
 def _answer(conversation: Conversation, message: str) -> None:

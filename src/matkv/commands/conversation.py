@@ -10,6 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from matkv.cache.cache import LatentCache
 from matkv.errors import CacheError
 from matkv.evaluate.samples import chat_ids, generate
+from matkv.hf.attach import attached_table, attachment_of
+from matkv.hf.shrink import shrink
+from matkv.ranks import RankTable
 
 
 class AnswerStream(TextStreamer):
@@ -52,6 +55,21 @@ class Conversation:
         """Start anew."""
         self.turns.clear()
         self._forget()
+
+    def shrink(self, most: int) -> RankTable | None:
+        """Go on at the largest stored budget that brings the cache to `most` bytes, or the smallest.
+
+        Returns its table; None where there is no smaller budget.
+        """
+        attachment = attachment_of(self.model)
+        assert attachment is not None
+        table = None
+        for budget, smaller in sorted(attachment.artifact.tables.items(), reverse=True):
+            if smaller.budget < attached_table(self.model).budget:
+                table = shrink(self.model, self.cache, budget)
+                if self.cache.used_nbytes <= most:
+                    break
+        return table
 
     def answer(self, said: str) -> str:
         """Print the model's answer while it comes and keep it as a turn; Ctrl-C cuts it short.

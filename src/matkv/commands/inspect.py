@@ -16,7 +16,7 @@ from matkv.artifact.setting import budget_name
 from matkv.commands import console
 from matkv.commands.options import JsonOpt, RunArg
 from matkv.commands.tables import energy_picture
-from matkv.ranks import SIDES, Geometry
+from matkv.ranks import SIDES, Geometry, RankTable
 
 EnergyOpt = Annotated[bool, typer.Option("--energy", help="draw each layer's energy as well")]
 
@@ -114,7 +114,7 @@ def _said(name: str, value: Any) -> str:
 
 def _tables(artifact: Artifact) -> Table:
     table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
-    for name in ("budget", *(f"{side}s" for side in SIDES), "ranks", "KL", "uniform KL"):
+    for name in ("budget", *(f"{side}s" for side in SIDES), "ranks", "bits", "KL", "uniform KL"):
         table.add_column(name, justify="right")
     searches = entries(artifact.history, Allocated)
     checks = {one.budget: one for one in (searches[-1].checks if searches else ())}
@@ -127,9 +127,23 @@ def _tables(artifact: Artifact) -> Table:
             budget_name(budget),
             *shares,
             f"{min(kept)}-{max(kept)}",
+            _bits(ranks),
             *("" if value is None else f"{value:.3f}" for value in measured),
         )
     return table
+
+
+def _bits(table: RankTable) -> str:
+    """The fewest and the most bits that a head spends on a column; nothing without codes."""
+    if not table.coded:
+        return ""
+    spent = [
+        bits
+        for layer in table.geometry.growing
+        for side in SIDES
+        for bits in table.bits(layer, side)
+    ]
+    return f"{min(spent):.1f}-{max(spent):.1f}"
 
 
 def _as_json(artifact: Artifact) -> dict[str, Any]:

@@ -10,12 +10,20 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.pretrained import resolved
 from matkv.commands import console
 from matkv.errors import MatkvError, ModelError
 from matkv.models.load import load_model
 from matkv.settings import NotNegative, Seed, settings
 
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="artifact directory")]
+RunArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="artifact directory, or smollm2-135m for the one that comes along",
+        callback=resolved,
+    ),
+]
 BudgetOpt = Annotated[float, typer.Option(help="fraction of cache bytes to keep")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print JSON to standard output")]
 TEXT_HELP = "default, a .txt or .jsonl file, a directory of .txt, or hub:NAME[:CONFIG]"

@@ -197,23 +197,38 @@ def share_lines(table: RankTable) -> str:
 
 
 def heatmap(table: RankTable) -> Group:
-    """A rank table for the terminal: one row a layer, one coloured rank a head; print with rich."""
+    """A rank table for the terminal: one row a layer, one coloured rank a head; print with rich.
+
+    With codes the numbers are bits a column of the head dim, gains counted.
+    """
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text("layer", style="dim"), *(Text(f"{side}s", style="bold") for side in SIDES))
     for layer in table.geometry.growing:
         dim = table.geometry.layers[layer].head_dim
-        cells = [_rank_cells(table.side(side)[layer], dim) for side in SIDES]
+        if table.coded:
+            cells = [_bit_cells(table.bits(layer, side)) for side in SIDES]
+        else:
+            cells = [_rank_cells(table.side(side)[layer], dim) for side in SIDES]
         grid.add_row(Text(str(layer), style="dim", justify="right"), *cells)
-    return Group(grid, Text(share_lines(table)))
+    lines = share_lines(table)
+    return Group(grid, Text(f"bits a column\n{lines}" if table.coded else lines))
 
 
 def _rank_cells(ranks: Sequence[int], dim: int) -> Text:
-    width = len(str(dim)) + 1
+    return _cells([(f"{rank:>{len(str(dim)) + 1}}", rank / dim) for rank in ranks])
+
+
+def _bit_cells(bits: Sequence[float]) -> Text:
+    # Few heads spend more than half of 16 bits: shades show the differences below.
+    return _cells([(f"{one:>5.1f}", min(1.0, one / 8)) for one in bits])
+
+
+def _cells(cells: Sequence[tuple[str, float]]) -> Text:
+    """Numbers, shaded by their shares in 0..1."""
     text = Text()
-    for rank in ranks:
-        shade = RANK_SHADES[min(len(RANK_SHADES) - 1, rank * len(RANK_SHADES) // dim)]
-        ink = "black" if rank * 2 > dim else "white"
-        text.append(f"{rank:>{width}} ", style=f"{ink} on {shade}")
+    for number, share in cells:
+        shade = RANK_SHADES[min(len(RANK_SHADES) - 1, int(share * len(RANK_SHADES)))]
+        text.append(f"{number} ", style=f"{'black' if share > 0.5 else 'white'} on {shade}")
     return text
 
 

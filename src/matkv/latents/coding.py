@@ -1,7 +1,7 @@
 """Codes of a layer's latents: made for the cache, and turned back for attention.
 
 Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, F = 2 D, [key | value],
-P columns in the model's dtype, Y bytes, C row columns.
+S side, P columns in the model's dtype, Y bytes, C row columns.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Coder(nn.Module):
     """Turns the states of one layer into rows of numbers and of codes, and these into latents.
 
     Heads are in sorted order. `encode` [G F F] and `shift` [G F] give coordinates of unit variance,
-    all of them, because the gain is theirs; `step` [G F] is in the same units. Latents are in units
+    all of them, because the gain is theirs; `scale` [G F] is theirs, `step` [G F] in units of it. Latents are in units
     of a step: the maps of queries and outputs take the rest.
 
     A bucket's heads have the same bands. Its rows are two tensors: [B N T P], the columns without
@@ -70,6 +70,7 @@ class Coder(nn.Module):
 
     encode: Tensor
     shift: Tensor
+    scale: Tensor
     step: Tensor
 
     def __init__(self, key: Maps, value: Maps, key_coding: SideCoding, value_coding: SideCoding):
@@ -77,16 +78,18 @@ class Coder(nn.Module):
         sides = ((key, key_coding), (value, value_coding))
         G, D = key_coding.quantizer.scale_GD.shape
         encode_GFF = key.encode_XDD.new_zeros(G, 2 * D, 2 * D)
-        shifts, steps = [], []
+        shifts, scales, steps = [], [], []
         for index, (maps, coding) in enumerate(sides):
             part, scale_GD = slice(index * D, (index + 1) * D), coding.quantizer.scale_GD
             encode_GFF[:, part, part] = maps.encode_XDD / scale_GD[:, None]
             shifts.append(-coding.quantizer.mean_GD / scale_GD)
+            scales.append(scale_GD)
             steps.append(coding.steps())
         self.bands = list(zip(key_coding.bands, value_coding.bands, strict=True))
         self.head_dim = D
         self.register_buffer("encode", encode_GFF, persistent=False)
         self.register_buffer("shift", torch.cat(shifts, dim=1), persistent=False)
+        self.register_buffer("scale", torch.cat(scales, dim=1), persistent=False)
         self.register_buffer("step", torch.cat(steps, dim=1), persistent=False)
 
     def coordinates(self, states_BGTF: Tensor) -> Tensor:
@@ -98,8 +101,15 @@ class Coder(nn.Module):
             y_BGTF: Tensor = states_BGTF.float() @ self.encode.float()
             return y_BGTF + self.shift.float()[:, None]
 
-    def rows(self, y_BGTF: Tensor, heads: slice, dtype: torch.dtype) -> list[Tensor]:
-        """One bucket's rows of new tokens."""
+    def gains_of(self, y_BGTF: Tensor) -> Tensor:
+        """The gains of key and value, as bytes.  [BGTS]"""
+        sides = y_BGTF.split(self.head_dim, dim=-1)
+        return torch.cat([gain_codes(side_BGTD) for side_BGTD in sides], dim=-1)
+
+    def rows(
+        self, y_BGTF: Tensor, heads: slice, dtype: torch.dtype, gain_BGTS: Tensor | None = None
+    ) -> list[Tensor]:
+        """One bucket's rows of tokens; their gains, of key and value, are those of `y` or given."""
         bands, D = self.bands[heads.start], self.head_dim
         y_BNTF, step_NF = y_BGTF[:, heads], self.step[heads].float()
         plain = [y_BNTF[..., :0]]
@@ -111,7 +121,8 @@ class Coder(nn.Module):
             plain.append(y_BNTD[..., : one[0]])
             if not has_codes(one):
                 continue
-            heading.append(gain_codes(y_BNTD))
+            given = None if gain_BGTS is None else gain_BGTS[:, heads, :, side : side + 1]
+            heading.append(gain_codes(y_BNTD) if given is None else given)
             unit_BNTD = y_BNTD / gains(heading[-1])
             for width, columns in _spans(one):
                 codes = coded(unit_BNTD[..., columns], step_ND[:, None, columns], width)
@@ -141,6 +152,17 @@ class Coder(nn.Module):
                 place += 1
             column += sum(one)
         return out_BNTC
+
+    def held_gains(self, rows: list[Tensor], heads: slice) -> Tensor:
+        """The gains in one bucket's rows, as bytes; 0 where a side has no codes.  [BNTS]"""
+        bands, bytes_BNTY = self.bands[heads.start], rows[1]
+        held = bytes_BNTY.new_zeros(*bytes_BNTY.shape[:3], len(bands))
+        place = 0
+        for side, one in enumerate(bands):
+            if has_codes(one):
+                held[..., side] = bytes_BNTY[..., place]
+                place += 1
+        return held
 
 
 def row_sizes(bands: tuple[Bands, Bands]) -> tuple[int, int]:

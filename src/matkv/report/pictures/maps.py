@@ -70,7 +70,7 @@ def maps(
 
 
 def rank_maps(name: str, tables: Mapping[float, RankTable], *, caption: str = "") -> Picture:
-    """Ranks by layer and KV head, keys and values side by side, for each budget.
+    """Kept bytes by layer and KV head, keys and values side by side, for each budget.
 
     The paper's Figure 1 (arXiv 2410.14731) shows such maps of LLaMA2-7B.
     """
@@ -83,8 +83,9 @@ def rank_maps(name: str, tables: Mapping[float, RankTable], *, caption: str = ""
         for budget, table in tables.items()
         for side in SIDES
     ]
-    text = "Ranks of every layer and KV head, keys and values side by side, for each budget."
-    bar = "columns kept of the head dim"
+    text = "What every layer and KV head keeps, keys and values side by side, for each budget."
+    is_coded = any(table.coded for table in tables.values())
+    bar = "bytes kept of the full ones" if is_coded else "columns kept of the head dim"
     return maps(name, shown, x="head", y="layer", bar=bar, text=text, caption=caption)
 
 
@@ -93,7 +94,7 @@ def _fractions(table: RankTable, side: Side) -> list[list[float]]:
     shapes = table.geometry.layers
     heads = max(shapes[layer].kv_heads for layer in table.geometry.growing)
     return [
-        [rank / shapes[layer].head_dim for rank in table.side(side)[layer]]
+        [bits / 16 for bits in table.bits(layer, side)]
         + [math.nan] * (heads - shapes[layer].kv_heads)
         for layer in table.geometry.growing
     ]
