@@ -51,7 +51,7 @@ def test_gradients_pass_by_the_rounding_but_not_through_dropped_columns(
 ) -> None:
     z_BGTD = latents_GND[None].clone().requires_grad_()
     widths_GD = torch.tensor([[8, 8, 4, 4, 2, 2, 0, 0]] * 2)
-    requantized(fit(latents_GND), z_BGTD, widths_GD).sum().backward()  # type: ignore[no-untyped-call]
+    requantized(fit(latents_GND), z_BGTD, widths_GD).sum().backward()
     assert z_BGTD.grad is not None
     kept_BGTD = (widths_GD > 0).float()[None, :, None].expand_as(z_BGTD)
     torch.testing.assert_close(z_BGTD.grad, kept_BGTD)

@@ -15,7 +15,7 @@ from matkv.errors import BudgetError, CacheError, MatkvError
 from matkv.hf.attach import attached_table
 from matkv.hf.shrink import shrink
 from matkv.ranks import SIDES
-from tiny import Tiny, largest_difference, tiny, tokens
+from tiny import Tiny, largest_difference, latent_layers, tiny, tokens
 
 BUDGETS = (1.0, 0.6, 0.4, 0.25, 0.15)
 
@@ -73,8 +73,9 @@ def test_columns_of_the_same_width_keep_their_codes() -> None:
     try:
         cache = matkv.LatentCache(model)
         model(ids, past_key_values=cache)
-        before = [layer.projection.latents(layer.rows.first(20)) for layer in cache.layers]
-        for layer, old in zip(cache.layers, before, strict=True):
+        layers = latent_layers(cache)
+        before = [layer.projection.latents(layer.rows.first(20)) for layer in layers]
+        for layer, old in zip(layers, before, strict=True):
             layer.narrow(layer.projection)
             new = layer.projection.latents(layer.rows.first(20))
             for one, other in zip(new, old, strict=True):

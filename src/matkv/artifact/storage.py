@@ -95,9 +95,11 @@ def _read_quantizer(
         least = -torch.inf if part == "mean_GD" else 0.0
         if not bool((tensor.isfinite() & (tensor >= least)).all()):
             raise ValueError(f"{name}.codes.{part} holds numbers that cannot be")
-    if not bool((parts["scale_GD"] > 0).all() and (parts["step_WGD"] > 0).all()):  # type: ignore[operator]
-        raise ValueError(f"{name}.codes has a scale or a step of zero")
-    return Quantizer(**parts)  # type: ignore[arg-type]
+    quantizer = Quantizer(**parts)  # type: ignore[arg-type]
+    for positive in (quantizer.scale_GD, quantizer.step_WGD):
+        if not bool((positive > 0).all()):
+            raise ValueError(f"{name}.codes has a scale or a step of zero")
+    return quantizer
 
 
 def quantizer_tensors(quantizer: Quantizer | None) -> dict[str, Tensor]:

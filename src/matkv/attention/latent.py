@@ -145,8 +145,9 @@ def _stretch(query_BGXM: Tensor, latents: Latents) -> int:
     if projection.coder is None or query_BGXM.device.type != "cpu":
         return max(1, tokens)
     widest = max(bucket.row_width for bucket in projection.buckets)
-    numbers = query_BGXM.shape[0] * max(b.heads.stop - b.heads.start for b in projection.buckets)
-    return max(LEAST_STRETCH, CACHED_NUMBERS // max(1, numbers * widest))
+    heads = max(bucket.heads.stop - bucket.heads.start for bucket in projection.buckets)
+    numbers: int = query_BGXM.shape[0] * heads * widest
+    return max(LEAST_STRETCH, CACHED_NUMBERS // max(1, numbers))
 
 
 Decode = Callable[

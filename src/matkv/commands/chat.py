@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from io import TextIOWrapper
 from types import ModuleType
+from typing import Annotated
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from matkv.artifact.setting import Setting
 from matkv.commands import console

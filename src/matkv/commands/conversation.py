@@ -57,7 +57,7 @@ class Conversation:
         self._forget()
 
     def shrink(self, most: int) -> RankTable | None:
-        """Go on at the largest stored budget that brings the cache to `most` bytes, or the smallest.
+        """Go on at the largest stored budget at which the cache has `most` bytes, or the smallest.
 
         Returns its table; None where there is no smaller budget.
         """

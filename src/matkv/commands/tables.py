@@ -215,15 +215,15 @@ def heatmap(table: RankTable) -> Group:
 
 
 def _rank_cells(ranks: Sequence[int], dim: int) -> Text:
-    return _cells([(f"{rank:>{len(str(dim)) + 1}}", rank / dim) for rank in ranks])
+    return _shaded([(f"{rank:>{len(str(dim)) + 1}}", rank / dim) for rank in ranks])
 
 
 def _bit_cells(bits: Sequence[float]) -> Text:
     # Few heads spend more than half of 16 bits: shades show the differences below.
-    return _cells([(f"{one:>5.1f}", min(1.0, one / 8)) for one in bits])
+    return _shaded([(f"{one:>5.1f}", min(1.0, one / 8)) for one in bits])
 
 
-def _cells(cells: Sequence[tuple[str, float]]) -> Text:
+def _shaded(cells: Sequence[tuple[str, float]]) -> Text:
     """Numbers, shaded by their shares in 0..1."""
     text = Text()
     for number, share in cells:

@@ -60,8 +60,8 @@ class Coder(nn.Module):
     """Turns the states of one layer into rows of numbers and of codes, and these into latents.
 
     Heads are in sorted order. `encode` [G F F] and `shift` [G F] give coordinates of unit variance,
-    all of them, because the gain is theirs; `scale` [G F] is theirs, `step` [G F] in units of it. Latents are in units
-    of a step: the maps of queries and outputs take the rest.
+    of all columns, because the gain is theirs; `scale` [G F] is their size, and `step` [G F] is in
+    units of it. Latents are in units of a step: the maps of queries and outputs take the rest.
 
     A bucket's heads have the same bands. Its rows are two tensors: [B N T P], the columns without
     codes, keys' and then values', and [B N T Y] of bytes: the gains of key and of value, where
