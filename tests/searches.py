@@ -22,7 +22,12 @@ from tiny import Tiny, tokens
 BATCHES = [tokens(2, 24, seed=seed) for seed in range(4)]
 
 
-SMALL: dict[str, Any] = {"search_tokens": 96, "held_out_tokens": 48, "expansions": 5}
+SMALL: dict[str, Any] = {
+    "search_tokens": 96,
+    "held_out_tokens": 48,
+    "expansions": 5,
+    "codes": (16,),
+}
 
 
 FISHER = AllocateConfig(**SMALL, budgets=(0.75, 0.5, 0.25))

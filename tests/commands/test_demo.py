@@ -11,13 +11,19 @@ from matkv.allocate.config import AllocateConfig
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.results import load_rows
 from matkv.commands import demo
-from matkv.commands.demo import DemoConfig
+from matkv.commands.demo_config import DemoConfig
 from matkv.distill.config import DistillConfig
 from matkv.errors import MatkvError
 from program import Program
 
 PNG = b"\x89PNG\r\n\x1a\n"
-CURVES = ["pca", "calibrated", "calibrated, 4 exact", "distilled, 4 exact", "own ranks, 4 exact"]
+CURVES = [
+    "pca",
+    "calibrated",
+    "calibrated, 4 exact",
+    "distilled, 4 exact",
+    "ranks and bits, 4 exact",
+]
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, dims, fp32
 
 
@@ -68,7 +74,7 @@ def test_the_main_job_from_end_to_end(small: DemoConfig, tmp_path: Path, matkv: 
         *("loading", "calibrating", "scoring", "training", "searching ranks", "scoring"),
         "answering",
     ]
-    first, last = ended.out.index("before training"), ended.out.index("own ranks")
+    first, last = ended.out.index("before training"), ended.out.index("ranks and bits")
     assert first < last  # there is something to read before the long work
     distilled = Artifact.load(out / "distilled")
     assert sorted(distilled.tables) == [0.5, 0.75]
@@ -109,7 +115,7 @@ def test_a_report_of_it_shows_what_was_measured(
     assert matkv("report", out / "distilled", "-o", tmp_path / "report").code == 0
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "Nothing was measured" not in page
-    for row in result["rows"]["own ranks, 4 exact"]:
+    for row in result["rows"]["ranks and bits, 4 exact"]:
         assert f"{row['perplexity']:.2f}" in page or f"{row['perplexity']:,.0f}" in page
     assert "Who?" in page
     for name in ("pca", "calibrated"):

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import data
-from matkv.allocate.config import AllocateConfig
 from matkv.allocate.stage import allocate
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.pretrained import shipped_names
 from matkv.artifact.records import Record
 from matkv.artifact.results import Results
 from matkv.artifact.setting import Setting
@@ -28,75 +28,23 @@ from matkv.cache.cache import full_states, refill, storage_nbytes
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.commands import console
 from matkv.commands.bars import progress_bar
+from matkv.commands.demo_config import DemoConfig
 from matkv.commands.evaluate import Opened, measure_texts
 from matkv.commands.options import JsonOpt
-from matkv.distill.config import DistillConfig
 from matkv.distill.stage import distill
-from matkv.errors import MatkvError
-from matkv.evaluate.samples import PROMPTS, SAMPLES, sample_texts
+from matkv.evaluate.samples import SAMPLES, sample_texts
 from matkv.evaluate.texts import PERPLEXITY
 from matkv.hf.attach import attached
 from matkv.hf.observe import collect_moments
-from matkv.models.default import DEFAULT_MODEL
 from matkv.models.load import load_model
-from matkv.ranks import Budget
 from matkv.report.pictures.figures import Axis, Line, lines
 from matkv.report.pictures.theme import save
 from matkv.report.runs import amount
 from matkv.report.sections.quality import perplexity_panel
-from matkv.settings import Count, Length, Many, settings
 
-BUDGETS = (0.75, 0.5, 0.375, 0.25)
-# Ended by the clock: a slow machine takes as long as a fast one, and short sequences give it steps.
-DISTILL = DistillConfig(
-    objective="end-to-end",
-    minutes=3,
-    sequence_length=512,
-    batch_size=1,
-    kl=0.25,
-    ce=0.75,
-    lr=1e-2,
-    warmup_steps=5,
-)
-# Less text than `matkv allocate` takes by itself, in sequences as long as those that are scored:
-# tables found on shorter ones lose to uniform ranks there.
-ALLOCATE = AllocateConfig(expansions=8, search_tokens=1024, held_out_tokens=1024)
-PROMPT = PROMPTS[0]
 KINDS = {"pca": CalibrateConfig(key="pca", value="pca"), "calibrated": CalibrateConfig()}
 MAIN = "distilled"  # the artifact that ends with all there is
-
-
-@settings(MatkvError)
-class DemoConfig:
-    """What the demo runs on, and how much of everything it does.
-
-    model, title           the model as `load_model` takes it, and what the plot calls it
-    text, held_out         what is trained on and what is measured on, as `read_texts` takes them
-    budgets                curves and rank tables
-    recent                 tokens behind every query that training and the last curves keep exact
-    distill, allocate      their settings, but for `recent` and `budgets`
-    calibrate_tokens       read for calibration, in sequences of `calibrate_length`
-    score_tokens           held-out text to score, in sequences of `score_length`
-    resident_tokens        tokens in the cache whose bytes are measured
-    prompt, answer_budget  what is answered, in `answer_tokens` at most
-    """
-
-    model: str = DEFAULT_MODEL
-    title: str = "SmolLM2-135M (4-bit weights)"
-    text: str = "default"
-    held_out: str = "default"
-    budgets: Many[Budget] = BUDGETS
-    recent: Count = 32
-    distill: DistillConfig = DISTILL
-    allocate: AllocateConfig = ALLOCATE
-    calibrate_tokens: Count = 8192
-    calibrate_length: Length = 512
-    score_tokens: Count = 2048
-    score_length: Length = 1024
-    resident_tokens: Count = 4096
-    prompt: str = PROMPT
-    answer_budget: Budget = 0.5
-    answer_tokens: Count = 64
+SHIPPED, BEST = "shipped", "comes along"
 
 
 def demo(
@@ -104,9 +52,9 @@ def demo(
     config: DemoConfig | None = None,
     tell: Callable[[RenderableType], None] = console.out.print,
 ) -> dict[str, Any]:
-    """Calibrate, distill and allocate, compress the cache, and measure.
+    """Measure the artifact that comes along; then calibrate, distill, allocate and measure anew.
 
-    Writes `out`/pca, `out`/calibrated, `out`/distilled, each with what was measured of it in its
+    Writes `out`/pca, calibrated, distilled and shipped, each with what was measured of it in its
     results, and `out`/perplexity.png; returns what it measured. `tell` gets what is to be read.
     """
     config, started = config or DemoConfig(), time.perf_counter()
@@ -118,6 +66,12 @@ def demo(
     plain, near = Setting(uniform=True), Setting(uniform=True, recent=config.recent)
     exact = f"{config.recent} exact"
 
+    if config.model in shipped_names():
+        with _stage("scoring what comes along"):
+            Artifact.load(config.model).save(out / SHIPPED)
+            scores.add(BEST, SHIPPED, Artifact.load(out / SHIPPED), Setting())
+        tell("perplexity on held-out articles, with the artifact that comes with matkv")
+        tell(_table(scores.rows))
     with _stage("calibrating"):
         artifacts = _calibrate(model, tokenizer, texts, config, out)
     with _stage("scoring"):
@@ -128,13 +82,13 @@ def demo(
     with _stage("training"):
         distilled = _distill(model, tokenizer, artifacts["calibrated"], texts, config)
         distilled.save(out / MAIN)
-    with _stage("searching ranks"):
+    with _stage("searching ranks and bits"):
         distilled = _allocate(model, tokenizer, distilled, texts, config)
         distilled.save(out / MAIN)
     with _stage("scoring"):
         scores.add(f"calibrated, {exact}", "calibrated", artifacts["calibrated"], near)
         scores.add(f"distilled, {exact}", MAIN, distilled, near)
-        scores.add(f"own ranks, {exact}", MAIN, distilled, replace(near, uniform=False))
+        scores.add(f"ranks and bits, {exact}", MAIN, distilled, replace(near, uniform=False))
     with _stage("answering"), console.status("reading and answering"):
         resident = _resident(model, distilled, tokenizer, held_out, config)
         answers = _answers(model, tokenizer, distilled, config, out / MAIN)
@@ -163,7 +117,7 @@ def _prepare(config: DemoConfig, out: Path) -> tuple[list[str], list[str]]:
     texts = data.read_texts(config.text, "train")
     held_out = data.read_texts(config.held_out, "validation")
     out.mkdir(parents=True, exist_ok=True)
-    for name in (*KINDS, MAIN):
+    for name in (*KINDS, MAIN, SHIPPED):
         check_target(out / name)
     return texts, held_out
 
@@ -245,7 +199,7 @@ def _allocate(
     texts: list[str],
     config: DemoConfig,
 ) -> Artifact:
-    """Rank tables for the demo's budgets, searched on training articles."""
+    """Tables of ranks and bits for the demo's budgets, searched on training articles."""
     search = replace(config.allocate, budgets=config.budgets)
     tokens = search.held_out_tokens + search.expansions * search.search_tokens
     windows_NT = data.text_windows(tokenizer, texts, search.search_tokens, tokens)
