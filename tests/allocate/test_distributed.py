@@ -26,9 +26,9 @@ OPTIONS: dict[str, Any] = {
 def search(state: Path | None) -> list[dict[str, Any]]:
     """Everything two searches find out."""
     subject, found = tiny("llama"), []
-    for method in ("fisher", "greedy"):
-        config = AllocateConfig(method=method, **OPTIONS)
-        path = state / f"{method}.jsonl" if state is not None else None
+    for method, codes in (("fisher", (16,)), ("fisher", None), ("greedy", (16,))):
+        config = AllocateConfig(method=method, **OPTIONS, codes=codes)
+        path = state / f"{method}{len(codes or ())}.jsonl" if state is not None else None
         made = allocate(subject.model, subject.artifact, BATCHES, config, state=path)
         tables = {budget: table.to_json() for budget, table in made.tables.items()}
         found.append({"tables": tables, "checks": made.history[-1]["tables"]})
@@ -68,5 +68,5 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     finally:
         other.kill()
         torch.set_num_threads(threads)
-    lines = (tmp_path / "greedy.jsonl").read_text().splitlines()
+    lines = (tmp_path / "greedy1.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines)) > 3

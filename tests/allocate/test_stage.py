@@ -73,8 +73,8 @@ def test_default_budgets_are_those_the_constraints_allow(llama: Tiny) -> None:
 def test_too_little_text_and_impossible_budgets_are_named(llama: Tiny) -> None:
     with pytest.raises(DataError, match="ends after 192 of 4096 tokens to verify"):
         allocate(llama.model, llama.artifact, BATCHES)
-    config = AllocateConfig(budgets=(0.1,), constraints=Constraints(min_rank=4))
-    with pytest.raises(BudgetError, match=r"below 0\.25"):
+    config = AllocateConfig(budgets=(0.01,), constraints=Constraints(min_rank=4))
+    with pytest.raises(BudgetError, match=r"below 0\.0625"):
         allocate(llama.model, llama.artifact, BATCHES, config)
     with pytest.raises(RankError, match="protected layer 7"):
         allocate(

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from matkv.allocate.config import Constraints
-from matkv.allocate.space import TINY, Space, Unit
+from matkv.allocate.space import TINY, Unit, units_of
 from matkv.codes import WIDTHS, Bands, bands_of
 from matkv.errors import BudgetError
-from matkv.ranks import Cell, Geometry, RankTable
+from matkv.ranks import Cell, Geometry, RankTable, check_budget
 
 CHOICES = (*WIDTHS, 0)
 FORBIDDEN = 1e30
@@ -62,7 +62,7 @@ class Waterline:
         allowed = {*widths, 0}
         self.units = [
             _unit_bits(geometry, unit, damage, constraints, allowed, dropping)
-            for unit in Space.of(geometry, constraints).units
+            for unit in units_of(geometry, constraints)
         ]
 
     def at(self, price: float) -> RankTable:
@@ -82,13 +82,8 @@ class Waterline:
             BudgetError: the smallest table is larger.
         """
         low, high = -80.0, 20.0  # powers of two of the price
-        smallest = self.at(2.0**high)
-        if smallest.budget > budget + TINY:
-            raise BudgetError(
-                f"budget {budget:g} is below {smallest.budget:.4g}, the smallest that the "
-                "constraints allow: raise it, or lower min_rank, edge_bits or protected layers"
-            )
-        best = smallest
+        best = self.at(2.0**high)
+        check_within(best.budget, budget)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             table = self.at(2.0**middle)
@@ -101,6 +96,19 @@ class Waterline:
     def tables(self, budgets: Sequence[float]) -> dict[float, RankTable]:
         """`table` of every budget."""
         return {budget: self.table(budget) for budget in budgets}
+
+
+def check_within(smallest: float, budget: float) -> None:
+    """Make sure that a budget is in (0, 1], and not below the smallest there is.
+
+    Raises:
+        BudgetError: it is.
+    """
+    if check_budget(budget) < smallest - TINY:
+        raise BudgetError(
+            f"budget {budget:g} is below {smallest:.4g}, the smallest that the constraints allow: "
+            "raise it, or lower min_rank or edge_bits, or protect fewer layers"
+        )
 
 
 def _bits(columns_K: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel
 
-from matkv.allocate.bits import Waterline
+from matkv.allocate.bits import CHOICES, Waterline
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.divergence import Text
 from matkv.allocate.noise import measure_noise
@@ -17,7 +18,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Check
 from matkv.errors import BudgetError
 from matkv.progress import OnProgress
-from matkv.ranks import RankTable
+from matkv.ranks import Geometry, RankTable
 
 # What one search offers unless budgets are given: a curve from half of the bytes to a sixteenth.
 CURVE = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
@@ -52,7 +53,7 @@ def allocate_codes(
             artifact.geometry,
             damage,
             config.constraints,
-            config.codes or (16, 8, 4, 2),
+            config.widths,
             dropping=one,
         )
         for one in DROPPING
@@ -68,6 +69,15 @@ def allocate_codes(
             tables[own_budget(table)] = table
     checks = tuple(verifier.check(*named) for named in sorted(tables.items()))
     return artifact, tables, checks
+
+
+def smallest_with_codes(geometry: Geometry, config: AllocateConfig) -> float:
+    """The smallest budget that the constraints allow."""
+    nothing = {
+        (layer, side, head): torch.zeros(dim, len(CHOICES))
+        for layer, side, head, dim in RankTable.full(geometry).growing_ranks()
+    }
+    return Waterline(geometry, nothing, config.constraints, config.widths).at(1.0).budget
 
 
 def _best(lines: Sequence[Waterline], verifier: Verifier, budgets: Sequence[float]) -> Waterline:

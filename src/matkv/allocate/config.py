@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from matkv.codes import WIDTHS
 from matkv.errors import BudgetError, RankError
 from matkv.ranks import Budget
 from matkv.settings import Count, Few, Many, Number, Positive, Seed, settings
@@ -134,6 +135,11 @@ class AllocateConfig:
     drops: Few = Field(default=1, description="greedy: drops a round; the paper takes one")
     batched: Few = Field(default=1, description="greedy: tables that go through the model together")
     seed: Seed = Field(default=0, description="fisher: seed of the labels")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that a column may have beside none."""
+        return self.codes or WIDTHS
 
     @property
     def has_codes(self) -> bool:

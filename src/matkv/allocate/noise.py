@@ -58,7 +58,8 @@ def measure_noise(
 ) -> tuple[Artifact, dict[Cell, Tensor]]:
     """Quantizers for the artifact's bases, and the damage of every column at every width [DW].
 
-    One backward pass over each text, at the full cache; damage is in nats a token.
+    One backward pass over each text, at the full cache; damage is in nats a token. Every process
+    reads all of it, so that all fit the same quantizers.
     """
     traces: dict[tuple[int, Side], Trace] = {}
     for layer in artifact.geometry.growing:
@@ -72,7 +73,7 @@ def measure_noise(
     }
     with tracing(model, handlers), frozen(model):
         for done, text in enumerate(texts, 1):
-            for piece in text.mine:
+            for piece in text.pieces:
                 logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
                 generator = torch.Generator(model.device)
                 generator.manual_seed(seed + done * 1_000_003 + piece.first)

@@ -47,23 +47,10 @@ class Space:
         Raises:
             RankError: a protected layer does not exist, or the limits leave no rank.
         """
-        growing = geometry.growing
-        for layer in constraints.protected:
-            if layer not in growing:
-                raise RankError(
-                    f"protected layer {layer} is not among the growing layers {growing}"
-                )
-        units = []
-        for layer in sorted(set(growing) - set(constraints.protected)):
-            shape = geometry.layers[layer]
-            ladder = constraints.ladder(
-                shape.head_dim, constraints.step or default_step(shape.head_dim)
-            )
-            for cells in _cells(layer, shape.kv_heads, constraints):
-                units.append(Unit(cells, ladder))
+        units = units_of(geometry, constraints)
         if not any(len(unit.ladder) > 1 for unit in units):
             raise RankError("the constraints leave no rank to give up")
-        return cls(geometry, tuple(units))
+        return cls(geometry, units)
 
     @property
     def top(self) -> Levels:
@@ -91,6 +78,28 @@ class Space:
                 f"budget {budget:g} is below {self.smallest:.4g}, the smallest that the "
                 "constraints allow: raise it, lower min_rank or protect fewer layers"
             )
+
+
+def units_of(geometry: Geometry, constraints: Constraints) -> tuple[Unit, ...]:
+    """The heads that go together, of every growing layer that is not protected.
+
+    Raises:
+        RankError: a protected layer does not exist, all are, or the limits leave no rank.
+    """
+    growing, units = geometry.growing, []
+    for layer in constraints.protected:
+        if layer not in growing:
+            raise RankError(f"protected layer {layer} is not among the growing layers {growing}")
+    for layer in sorted(set(growing) - set(constraints.protected)):
+        shape = geometry.layers[layer]
+        ladder = constraints.ladder(
+            shape.head_dim, constraints.step or default_step(shape.head_dim)
+        )
+        for cells in _cells(layer, shape.kv_heads, constraints):
+            units.append(Unit(cells, ladder))
+    if not units:
+        raise RankError("the constraints leave no layer to compress: protect fewer layers")
+    return tuple(units)
 
 
 def _cells(layer: int, kv_heads: int, constraints: Constraints) -> Iterator[tuple[Cell, ...]]:

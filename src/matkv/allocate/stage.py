@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from matkv.allocate.coded import CURVE, allocate_codes
+from matkv.allocate.bits import check_within
+from matkv.allocate.coded import CURVE, allocate_codes, smallest_with_codes
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.descent import Descent
 from matkv.allocate.divergence import Text, logits_nbytes, take_text
@@ -70,15 +71,16 @@ def allocate(
     """
     config = _never_below_training(config or AllocateConfig(), artifact)
     artifact.check(geometry_of(model.config), fingerprint(model))
-    space = Space.of(artifact.geometry, config.constraints)
-    budgets = _budgets(space, config)
+    space = None if config.has_codes else Space.of(artifact.geometry, config.constraints)
+    budgets = _coded_budgets(artifact, config) if space is None else _budgets(space, config)
     held_out, texts = _texts(model, batches, config)
-    _check_search(model, config, space, texts)
+    if space is not None:
+        _check_search(model, config, space, texts)
     started = time.perf_counter()
     was_training = model.training
     model.eval()
     try:
-        if config.has_codes:
+        if space is None:
             artifact, tables, checks = allocate_codes(
                 model, artifact, held_out, texts, config, budgets, on_progress
             )
@@ -123,8 +125,6 @@ def _check_search(
 ) -> None:
     """Make sure that the gradients of all gates fit in memory, or tables that run together."""
     for text in texts:
-        if config.has_codes:
-            continue
         if config.method == "fisher":
             grads = text.sequences * (config.samples + 1) * space.geometry.columns
             check_fits(grads * torch.float32.itemsize, model.device, f"samples {config.samples}")
@@ -140,9 +140,15 @@ def _never_below_training(config: AllocateConfig, artifact: Artifact) -> Allocat
     return replace(config, constraints=constraints)
 
 
+def _coded_budgets(artifact: Artifact, config: AllocateConfig) -> tuple[float, ...]:
+    smallest = smallest_with_codes(artifact.geometry, config)
+    budgets = config.budgets or tuple(one for one in CURVE if one >= smallest)
+    for budget in budgets:
+        check_within(smallest, budget)
+    return budgets or (smallest,)
+
+
 def _budgets(space: Space, config: AllocateConfig) -> tuple[float, ...]:
-    if config.has_codes:  # whether a budget can be held, only the prices tell
-        return config.budgets or CURVE
     if config.budgets is None:
         allowed = tuple(budget for budget in EIGHTHS if budget >= space.smallest - TINY)
         return allowed or (space.smallest,)

@@ -34,16 +34,17 @@ class Projected:
         return self.key, self.value
 
     def __call__(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        states: dict[Side, Tensor] = {"key": key_BGTD, "value": value_BGTD}
-        key, value = (
-            self._first_exact(states[side], self.changed(side, states[side])) for side in SIDES
-        )
-        return key, value
+        key, value = self.changed(key_BGTD, value_BGTD)
+        return self._first_exact(key_BGTD, key), self._first_exact(value_BGTD, value)
 
-    def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:
-        """One side's states as they come out of a cache."""
-        matrix = self.matrices()[SIDES.index(side)]
-        return x_BGTD if matrix is None else x_BGTD @ matrix.to(x_BGTD.dtype)
+    def changed(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they come out of a cache in which no token is exact."""
+        key, value = self.matrices()
+        if key is not None:
+            key_BGTD = key_BGTD @ key.to(key_BGTD.dtype)
+        if value is not None:
+            value_BGTD = value_BGTD @ value.to(value_BGTD.dtype)
+        return key_BGTD, value_BGTD
 
     def _first_exact(self, exact_BGTD: Tensor, x_BGTD: Tensor) -> Tensor:
         if not self.sink or x_BGTD is exact_BGTD:
@@ -81,10 +82,17 @@ class GatedProjection(Projected):
         key, value = (gated(self.maps[side], self.gates[side]) for side in SIDES)
         return key, value
 
-    def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:
-        """One side's states as they come out of a cache."""
-        if side not in self.widths:
-            return super().changed(side, x_BGTD)
+    def changed(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they come out of a cache in which no token is exact."""
+        if not self.widths:
+            return super().changed(key_BGTD, value_BGTD)
+        key, value = (
+            self._recoded(side, x_BGTD)
+            for side, x_BGTD in zip(SIDES, (key_BGTD, value_BGTD), strict=True)
+        )
+        return key, value
+
+    def _recoded(self, side: Side, x_BGTD: Tensor) -> Tensor:
         maps = self.maps[side]
         z_BGTD = x_BGTD.float() @ maps.encode_XDD
         back_BGTD = requantized(self.quantizers[side], z_BGTD, self.widths[side])
@@ -97,7 +105,7 @@ class GatedProjection(Projected):
 
     def open(self, side: Side, ranks_XG: Tensor) -> None:
         """Keep the first columns of every head of a side, as many as its rank."""
-        self.widths.pop(side, None)
+        self.widths.clear()  # a layer has codes on both sides, or none
         encode_GDD = self.maps[side].encode_XDD
         self.gates[side] = rank_gate(ranks_XG, encode_GDD.shape[-1]).to(encode_GDD)
 

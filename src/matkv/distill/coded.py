@@ -14,7 +14,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import Projected, band_widths
 from matkv.bases.maps import Maps
 from matkv.bases.quantizer import Quantizer, requantized
-from matkv.ranks import RankTable, Side
+from matkv.ranks import SIDES, RankTable, Side
 from matkv.schedule import Axis
 
 Place = tuple[int, Side]
@@ -74,10 +74,17 @@ class Recoded(Projected):
         super().__init__(recent, sink)
         self.sides: dict[Side, tuple[Maps, Quantizer, Tensor]] = {}
 
-    def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:
-        """One side's states as they come out of a cache."""
-        if side not in self.sides:
-            return x_BGTD
+    def changed(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they come out of a cache in which no token is exact."""
+        if not self.sides:
+            return key_BGTD, value_BGTD
+        key, value = (
+            self._recoded(side, x_BGTD)
+            for side, x_BGTD in zip(SIDES, (key_BGTD, value_BGTD), strict=True)
+        )
+        return key, value
+
+    def _recoded(self, side: Side, x_BGTD: Tensor) -> Tensor:
         maps, quantizer, width_BGD = self.sides[side]
         with torch.autocast(x_BGTD.device.type, enabled=False):
             z_BGTD = x_BGTD.float() @ maps.encode_XDD
