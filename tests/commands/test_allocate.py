@@ -20,7 +20,7 @@ BUDGETS = ("--budget", "0.5", "--budget", "0.75")
 
 @pytest.fixture
 def asked(home: Path, run: Path) -> list[Word]:
-    sizes = ["--length", "64", "--search-tokens", "128", "--expansions", "4"]
+    sizes = ["--length", "64", "--search-tokens", "128", "--expansions", "4", "--codes", "16"]
     return ["allocate", run, "--text", home / "text.txt", *sizes]
 
 
@@ -81,6 +81,28 @@ def test_a_picture_and_a_table(
     for entry in Artifact.load(tmp_path / "out").history[-1]["tables"]:
         row = next(line for line in lines if line.startswith(f"│  {entry['budget']:.1%} "))
         assert f"{entry['kl']:.3f}" in row and f"{entry['uniform_kl']:.3f}" in row
+
+
+def test_ranks_and_bits_by_default(home: Path, run: Path, tmp_path: Path, matkv: Program) -> None:
+    sizes = ["--length", "64", "--search-tokens", "128", "--picture", tmp_path / "bits.png"]
+    asked: list[Word] = ["allocate", run, "--text", home / "text.txt", *sizes]
+    budgets = ["--budget", "0.5", "--budget", "0.25", "--max-kl", "0.05"]
+    ended = matkv(*asked, *budgets)
+    assert ended.code == 0, ended.err
+    assert "bits a column" in ended.out and (tmp_path / "bits.png").read_bytes().startswith(PNG)
+    made = Artifact.load(run)
+    assert {0.25, 0.5} < set(made.tables) and all(table.coded for table in made.tables.values())
+    assert made.bases[0]["key"].quantizer is not None
+    page = matkv("inspect", run).out
+    assert "bits" in page and "25.0%" in page
+    scored = matkv(
+        "evaluate", run, "--text", home / "text.txt", "--length", "64", "--tokens", "256"
+    )
+    assert scored.code == 0, scored.err
+    answer = matkv("generate", run, "Who?", "--budget", "0.25", "--max-new-tokens", "4")
+    assert answer.code == 0, answer.err
+    bad = matkv(*asked, "--codes", "3")
+    assert bad.code == 2 and "codes" in bad.err
 
 
 def test_every_eighth_and_an_error_limit(asked: list[Word], run: Path, matkv: Program) -> None:

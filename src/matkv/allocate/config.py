@@ -5,12 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from matkv.codes import WIDTHS
 from matkv.errors import BudgetError, RankError
 from matkv.ranks import Budget
 from matkv.settings import Count, Few, Many, Number, Positive, Seed, settings
+
+
+def _as_bits(value: int) -> int:
+    if value not in (*WIDTHS, 0):
+        raise RankError(f"bits {value} must be 16, 8, 4, 2, or 0 for none")
+    return value
+
+
+def _as_width(value: int) -> int:
+    if value not in WIDTHS:
+        raise BudgetError(f"codes {value} must be 16, 8, 4 or 2 bits")
+    return value
+
+
+Bits = Annotated[int, Field(ge=0), AfterValidator(_as_bits)]
+Width = Annotated[int, Field(gt=0), AfterValidator(_as_width)]
 
 
 @settings(RankError)
@@ -33,7 +49,7 @@ class Constraints:
     equal_sides: bool = Field(default=False, description="key rank = value rank")
     equal_heads: bool = Field(default=False, description="one rank for a layer's heads of a side")
     protected: Many[Number] = Field(default=(), description="layer to keep at full rank")
-    edge_bits: Literal[0, 2, 4, 8, 16] = Field(
+    edge_bits: Bits = Field(
         default=0, description="codes: least bits of any column in the first and the last layer"
     )
 
@@ -106,7 +122,7 @@ class AllocateConfig:
     budgets: Many[Budget] | None = Field(
         default=None, description="fractions of cache bytes to keep; every eighth by default"
     )
-    codes: Many[Literal[16, 8, 4, 2]] | None = Field(
+    codes: Many[Width] | None = Field(
         default=None,
         description="fisher: bits that a column may have; 16, 8, 4 and 2 by default, 16 alone for "
         "ranks without codes",
