@@ -25,7 +25,7 @@ def test_errors_are_those_of_the_trip_and_fall_with_the_width(latents_GND: Tenso
         widths_GD = torch.full((2, 8), width)
         back_GND = requantized(quantizer, latents_GND[None], widths_GD)[0]
         torch.testing.assert_close((back_GND - latents_GND).square().mean(1), error_GD)
-    eight, four, two = quantizer.error_WGD / quantizer.energy_GD
+    eight, four, two = quantizer.error_WGD / quantizer.scale_GD.square()
     assert bool((eight < four / 50).all() and (four < two / 5).all() and (two < 0.3).all())
 
 

@@ -54,7 +54,7 @@ def test_the_student_attends_as_the_attached_model_does(family: Tiny) -> None:
     matkv.detach(model)
     student = Student(model, Bases(artifact, "cayley"), LossWeights())
     with student.attending(), torch.no_grad():
-        student._project(student.bases(torch.tensor([sizes])))
+        student._project(torch.tensor([sizes]))
         found = model(ids_BT, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -68,7 +68,7 @@ def test_the_student_keeps_as_many_tokens_exact_as_the_cache(llama: Tiny) -> Non
     matkv.detach(model)
     student = Student(model, Bases(artifact, "cayley"), LossWeights(), recent=5)
     with student.attending(), torch.no_grad():
-        student._project(student.bases(torch.tensor([sizes_of(table)])))
+        student._project(torch.tensor([sizes_of(table)]))
         found = model(ids_BT, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

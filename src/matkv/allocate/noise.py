@@ -92,8 +92,8 @@ def _damages(
 ) -> Iterator[tuple[Cell, Tensor]]:
     for (layer, side), trace in traces.items():
         quantizer = quantizers[layer, side]
-        none_GD = torch.zeros_like(quantizer.energy_GD)
-        error_WGD = torch.stack((none_GD, *quantizer.error_WGD, quantizer.energy_GD))
+        none_GD, dropped_GD = torch.zeros_like(quantizer.scale_GD), quantizer.scale_GD.square()
+        error_WGD = torch.stack((none_GD, *quantizer.error_WGD, dropped_GD))
         damage_WGD = 0.5 * trace.squares_GD / tokens * error_WGD
         for head in range(damage_WGD.shape[1]):
             yield (layer, side, head), damage_WGD[:, head].T

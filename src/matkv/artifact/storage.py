@@ -92,8 +92,7 @@ def _read_quantizer(
         wanted = (len(CODED), *square[:2]) if part.endswith("_WGD") else square[:2]
         if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != torch.float32:
             raise ValueError(f"{name}.codes.{part} is missing, or not {wanted} float32")
-        least = -torch.inf if part == "mean_GD" else 0.0
-        if not bool((tensor.isfinite() & (tensor >= least)).all()):
+        if not bool((tensor.isfinite() & (tensor >= 0)).all()):
             raise ValueError(f"{name}.codes.{part} holds numbers that cannot be")
     quantizer = Quantizer(**parts)  # type: ignore[arg-type]
     for positive in (quantizer.scale_GD, quantizer.step_WGD):

@@ -1,8 +1,8 @@
 """Quantizers: the static scale and steps of every column's codes, fitted to real latents.
 
-    y = (z - mean) / scale            every column of unit variance
-    code = floor(y / (gain step))     gain: one number a token, of all columns of the head
-    z' = (gain step (code + ½)) scale + mean
+    y = z / scale                     every column of mean square one
+    code = floor(y / (gain step))     gain: the largest |y| of the head's columns, one a token
+    z' = gain step (code + ½) scale
 
 The gain follows the size of a token, for latents are heavy-tailed over tokens; being of all columns
 of a head, it does not depend on which of them a table keeps.
@@ -32,16 +32,14 @@ TINY = 1e-12
 class Quantizer:
     """One side of one layer; all in fp32.
 
-    `mean_GD` and `scale_GD` are of the latents; `step_WGD` is in units of the scale. `error_WGD` is
-    the mean squared error of a column's codes at each width, measured on the latents it was fitted
-    to, and `energy_GD` the mean square about the mean: the error of a dropped column.
+    `scale_GD` is the root mean square of the latents it was fitted to, `step_WGD` is in units of
+    it. `error_WGD` is the mean squared error of a column's codes at each width on these latents; of
+    a dropped column it is the square of the scale.
     """
 
-    mean_GD: Tensor
     scale_GD: Tensor
     step_WGD: Tensor
     error_WGD: Tensor
-    energy_GD: Tensor
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Quantizer:
         """Every tensor changed alike."""
@@ -82,8 +80,8 @@ def requantized(quantizer: Quantizer, z_BGTD: Tensor, width_XGD: Tensor) -> Tens
     rounding as if it were not there.
     """
     width_XG1D = width_XGD[..., :, None, :]
-    mean_G1D, scale_G1D = quantizer.mean_GD[:, None], quantizer.scale_GD[:, None]
-    y_BGTD = (z_BGTD.float() - mean_G1D) / scale_G1D
+    scale_G1D = quantizer.scale_GD[:, None]
+    y_BGTD = z_BGTD.float() / scale_G1D
     with torch.no_grad():
         gain_BGT1 = gains(gain_codes(y_BGTD))
         back_BGTD = torch.where(width_XG1D == 16, y_BGTD, 0.0)
@@ -96,15 +94,13 @@ def requantized(quantizer: Quantizer, z_BGTD: Tensor, width_XGD: Tensor) -> Tens
     if y_BGTD.requires_grad:
         kept_BGTD = torch.where(width_XG1D > 0, y_BGTD, 0.0)
         back_BGTD = kept_BGTD + (back_BGTD - kept_BGTD).detach()
-    return (back_BGTD * scale_G1D + mean_G1D).to(z_BGTD.dtype)
+    return (back_BGTD * scale_G1D).to(z_BGTD.dtype)
 
 
 def fit(latents_GND: Tensor) -> Quantizer:
     """The quantizer of a layer's side from some tokens' latents, steps of least squared error."""
     z_GND = latents_GND.float()
-    mean_GD = torch.zeros_like(z_GND[:, 0])
-    energy_GD = z_GND.square().mean(1)
-    scale_GD = energy_GD.sqrt().clamp_min(TINY)
+    scale_GD = z_GND.square().mean(1).sqrt().clamp_min(TINY)
     y_GND = z_GND / scale_GD[:, None]
     gain_GN1 = gains(gain_codes(y_GND))
     unit_GND = y_GND / gain_GN1
@@ -121,4 +117,4 @@ def fit(latents_GND: Tensor) -> Quantizer:
             best_GD = torch.minimum(error_GD, best_GD)
         steps.append(step_GD)
         errors.append(best_GD * scale_GD.square())
-    return Quantizer(mean_GD, scale_GD, torch.stack(steps), torch.stack(errors), energy_GD)
+    return Quantizer(scale_GD, torch.stack(steps), torch.stack(errors))

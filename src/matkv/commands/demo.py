@@ -66,12 +66,7 @@ def demo(
     plain, near = Setting(uniform=True), Setting(uniform=True, recent=config.recent)
     exact = f"{config.recent} exact"
 
-    if config.model in shipped_names():
-        with _stage("scoring what comes along"):
-            Artifact.load(config.model).save(out / SHIPPED)
-            scores.add(BEST, SHIPPED, Artifact.load(out / SHIPPED), Setting())
-        tell("perplexity on held-out articles, with the artifact that comes with matkv")
-        tell(_table(scores.rows))
+    _show_shipped(scores, tell)
     with _stage("calibrating"):
         artifacts = _calibrate(model, tokenizer, texts, config, out)
     with _stage("scoring"):
@@ -110,6 +105,18 @@ def demo(
         "plot": str(plot),
         "seconds": seconds,
     }
+
+
+def _show_shipped(scores: Scores, tell: Callable[[RenderableType], None]) -> None:
+    """Measure the artifact that comes along, if the demo's model has one."""
+    if scores.config.model not in shipped_names():
+        return
+    with _stage("scoring what comes along"):
+        artifact = Artifact.load(scores.config.model)
+        artifact.save(scores.out / SHIPPED)
+        scores.add(BEST, SHIPPED, artifact, Setting())
+    tell("perplexity on held-out articles, with the artifact that comes with matkv")
+    tell(_table(scores.rows))
 
 
 def _prepare(config: DemoConfig, out: Path) -> tuple[list[str], list[str]]:

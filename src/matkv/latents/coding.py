@@ -32,11 +32,9 @@ class SideCoding:
         return SideCoding(
             tuple(self.bands[head] for head in order),
             Quantizer(
-                quantizer.mean_GD[order],
                 quantizer.scale_GD[order],
                 quantizer.step_WGD[:, order],
                 quantizer.error_WGD[:, order],
-                quantizer.energy_GD[order],
             ),
         )
 
@@ -59,9 +57,9 @@ class SideCoding:
 class Coder(nn.Module):
     """Turns the states of one layer into rows of numbers and of codes, and these into latents.
 
-    Heads are in sorted order. `encode` [G F F] and `shift` [G F] give coordinates of unit variance,
-    of all columns, because the gain is theirs; `scale` [G F] is their size, and `step` [G F] is in
-    units of it. Latents are in units of a step: the maps of queries and outputs take the rest.
+    Heads are in sorted order. `encode` [G F F] gives coordinates of unit variance, of all columns,
+    because the gain is theirs; `scale` [G F] is their size, and `step` [G F] is in units of it.
+    Latents are in units of a step: the maps of queries and outputs take the rest.
 
     A bucket's heads have the same bands. Its rows are two tensors: [B N T P], the columns without
     codes, keys' and then values', and [B N T Y] of bytes: the gains of key and of value, where
@@ -69,7 +67,6 @@ class Coder(nn.Module):
     """
 
     encode: Tensor
-    shift: Tensor
     scale: Tensor
     step: Tensor
 
@@ -78,17 +75,15 @@ class Coder(nn.Module):
         sides = ((key, key_coding), (value, value_coding))
         G, D = key_coding.quantizer.scale_GD.shape
         encode_GFF = key.encode_XDD.new_zeros(G, 2 * D, 2 * D)
-        shifts, scales, steps = [], [], []
+        scales, steps = [], []
         for index, (maps, coding) in enumerate(sides):
             part, scale_GD = slice(index * D, (index + 1) * D), coding.quantizer.scale_GD
             encode_GFF[:, part, part] = maps.encode_XDD / scale_GD[:, None]
-            shifts.append(-coding.quantizer.mean_GD / scale_GD)
             scales.append(scale_GD)
             steps.append(coding.steps())
         self.bands = list(zip(key_coding.bands, value_coding.bands, strict=True))
         self.head_dim = D
         self.register_buffer("encode", encode_GFF, persistent=False)
-        self.register_buffer("shift", torch.cat(shifts, dim=1), persistent=False)
         self.register_buffer("scale", torch.cat(scales, dim=1), persistent=False)
         self.register_buffer("step", torch.cat(steps, dim=1), persistent=False)
 
@@ -98,8 +93,7 @@ class Coder(nn.Module):
         [BGTF]
         """
         with torch.no_grad(), torch.autocast(states_BGTF.device.type, enabled=False):
-            y_BGTF: Tensor = states_BGTF.float() @ self.encode.float()
-            return y_BGTF + self.shift.float()[:, None]
+            return states_BGTF.float() @ self.encode.float()
 
     def gains_of(self, y_BGTF: Tensor) -> Tensor:
         """The gains of key and value, as bytes.  [BGTS]"""

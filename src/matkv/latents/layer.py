@@ -243,8 +243,8 @@ def projections_nbytes(table: RankTable, dtype: torch.dtype) -> int:
         C, M = _widths(list(zip(table.key[layer], table.value[layer], strict=True)))
         # A head has maps [2D C], [D M] and [M D]; its order and place take 8 bytes, its ranks 4.
         maps = shape.head_dim * (2 * C + 2 * M) * dtype.itemsize
-        if table.is_coded(layer):  # [2D 2D], and [2D] each of shifts, scales and steps
-            maps += 2 * shape.head_dim * (2 * shape.head_dim + 3) * dtype.itemsize
+        if table.is_coded(layer):  # [2D 2D], and [2D] each of scales and steps
+            maps += 2 * shape.head_dim * (2 * shape.head_dim + 2) * dtype.itemsize
         total += shape.kv_heads * (maps + 2 * 8 + 2 * 4)
     return total
 

@@ -30,7 +30,7 @@ def narrowed(
     z_BGTF, gain_BGTS = new.sort(z_BGTF), new.sort(gain_BGTS)
     if new.coder is None:
         return _plain(z_BGTF, new, dtype)
-    y_BGTF = (z_BGTF / new.coder.scale.float()[:, None]) + new.coder.shift.float()[:, None]
+    y_BGTF = z_BGTF / new.coder.scale.float()[:, None]
     # Tokens without gains, of heads without codes, get those of what is left of them.
     gains_BGTS = torch.where(gain_BGTS > 0, gain_BGTS, new.coder.gains_of(y_BGTF))
     parts = [new.coder.rows(y_BGTF, b.heads, dtype, gains_BGTS) for b in new.buckets]
