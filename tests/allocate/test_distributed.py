@@ -26,7 +26,8 @@ OPTIONS: dict[str, Any] = {
 def search(state: Path | None) -> list[dict[str, Any]]:
     """Everything two searches find out."""
     subject, found = tiny("llama"), []
-    for method, codes in (("fisher", (16,)), ("fisher", None), ("greedy", (16,))):
+    searches: list[tuple[Any, Any]] = [("fisher", (16,)), ("fisher", None), ("greedy", (16,))]
+    for method, codes in searches:
         config = AllocateConfig(method=method, **OPTIONS, codes=codes)
         path = state / f"{method}{len(codes or ())}.jsonl" if state is not None else None
         made = allocate(subject.model, subject.artifact, BATCHES, config, state=path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.pretrained import SHIPPED, resolved, shipped_names
 from matkv.errors import ArtifactError
-from program import Program
 
 
 def test_every_one_loads_by_its_name_and_has_nested_tables() -> None:
@@ -23,7 +23,7 @@ def test_every_one_loads_by_its_name_and_has_nested_tables() -> None:
     assert tables[0][0] == 0.0625 and tables[-1][0] >= 0.75
     for budget, table in tables:
         assert table.coded and budget - 0.01 < table.budget <= budget
-    for (_, small), (_, large) in zip(tables, tables[1:], strict=False):
+    for (_, small), (_, large) in pairwise(tables):
         for cell, bands in small.coded.items():
             layer, side, head = cell
             wide = large.bands(layer, side)[head]
@@ -55,11 +55,3 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MATKV_CACHE", "/proc/version")
     with pytest.raises(ArtifactError, match="set MATKV_CACHE to another folder"):
         resolved("smollm2-135m")
-
-
-def test_commands_take_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matkv: Program
-) -> None:
-    monkeypatch.setenv("MATKV_CACHE", str(tmp_path))
-    shown = matkv("inspect", "smollm2-135m").out
-    assert "smollm2-135m" in shown and "25.0%" in shown

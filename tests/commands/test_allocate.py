@@ -84,7 +84,8 @@ def test_a_picture_and_a_table(
 
 
 def test_ranks_and_bits_by_default(home: Path, run: Path, tmp_path: Path, matkv: Program) -> None:
-    sizes = ["--length", "64", "--search-tokens", "128", "--picture", tmp_path / "bits.png"]
+    sizes: list[Word] = ["--length", "64", "--search-tokens", "128"]
+    sizes += ["--picture", tmp_path / "bits.png"]
     asked: list[Word] = ["allocate", run, "--text", home / "text.txt", *sizes]
     budgets = ["--budget", "0.5", "--budget", "0.25", "--max-kl", "0.05"]
     ended = matkv(*asked, *budgets)

@@ -73,3 +73,11 @@ def test_json_is_complete(run: Path, matkv: Program) -> None:
         assert found[name] == config[name], name
     assert found["digest"] == artifact.digest
     assert found["budgets"] == []
+
+
+def test_commands_take_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matkv: Program
+) -> None:
+    monkeypatch.setenv("MATKV_CACHE", str(tmp_path))
+    shown = matkv("inspect", "smollm2-135m").out
+    assert "smollm2-135m" in shown and "25.0%" in shown
