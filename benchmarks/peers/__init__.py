@@ -10,6 +10,8 @@ One protocol for all (see `protocol`), one file a method:
     quantized      transformers' QuantizedCache: quanto, hqq, fp8
     presses        kvpress: ThinK, SnapKV, expected attention, StreamingLLM
     shrink         cacheshrink
+    coded          TurboQuant, and int4 per token and head as vLLM has it (simulated)
+    kvtc           KVTC's transform coding (simulated)
     low_rank       Palu and Eigen Attention, written from their papers (simulated)
     environments   a virtual environment for each published package
     child          what runs inside one

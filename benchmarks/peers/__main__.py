@@ -32,7 +32,8 @@ from .protocol import Contestant, Protocol, Row, attempt, control, failure
 from .table import PEERS, is_finished, markdown
 
 MODULES: dict[str, Any] = {"quantized": quantized, "presses": presses, "shrink": shrink}
-METHODS = ("full", "matkv", "pca", "latents", "palu", "eigen", *MODULES)
+OWN = ("full", "matkv", "pca", "latents", "palu", "eigen", "turboquant", "int4", "kvtc")
+METHODS = (*OWN, *MODULES)
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 
 

@@ -8,19 +8,26 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
+from torch import Tensor
+
 from matkv import data
 from matkv.artifact.artifact import Artifact
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import collect_moments
-from matkv.ranks import RankTable
+from matkv.ranks import RankTable, Side
 
-from . import low_rank, ours
+from . import coded, kvtc, low_rank, ours
 from .protocol import Contestant, Method
 
 WINDOWS = (32, 128)  # the second is what QuantizedCache may keep exact
 CODED_WINDOW = 32  # that of latents in 4 bits
 CALIBRATION_WINDOW = 512
+FINE = 1 / 8  # below this budget no rank is left of the usual steps
+
+
+TURBOQUANT, PER_TOKEN_HEAD = "TurboQuant style", "int4 per token and head"
+NAMES = {TURBOQUANT: "turboquant", PER_TOKEN_HEAD: "int4"}  # in --methods
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Entry:
 
 
 class Calibration:
-    """Moments before and after rotary embedding from one pass over training text, when needed."""
+    """Moments before and after rotary embedding from passes over training text, when needed."""
 
     def __init__(
         self, model: Any, tokenizer: Any, texts: Callable[[], list[str]], tokens: int
@@ -45,15 +52,23 @@ class Calibration:
         return low_rank.HeadShape(layer.kv_heads, layer.head_dim)
 
     @cached_property
-    def _both(self) -> tuple[Artifact, list[low_rank.PlainMoments]]:
+    def batches(self) -> list[Tensor]:
         windows_NT = data.text_windows(
             self.tokenizer, self.texts(), CALIBRATION_WINDOW, self.tokens
         )
+        return list(data.batches(windows_NT, 8))
+
+    @cached_property
+    def _both(self) -> tuple[Artifact, list[low_rank.PlainMoments]]:
         with low_rank.recording(self.model, self.shape) as recorders:
-            layers, tokens = collect_moments(self.model, data.batches(windows_NT, 8))
+            layers, tokens = collect_moments(self.model, self.batches)
         config = CalibrateConfig(key="pca", value="pca")
         artifact = artifact_from(self.model, layers, config, tokens=tokens)
         return artifact, [recorder.moments() for recorder in recorders]
+
+    @cached_property
+    def joint(self) -> list[Mapping[Side, kvtc.JointBasis]]:
+        return kvtc.joint_bases(self.model, self.batches)
 
     @property
     def pca(self) -> Artifact:
@@ -80,6 +95,7 @@ def entries(
             yield from (Entry(one, extra) for one in of_artifact(name, artifact, budgets))
         if "latents" in methods:
             yield from (Entry(one, extra) for one in of_latents(name, artifact, budgets))
+    yield from (Entry(one) for one in of_heads() if NAMES[one.method] in methods)
     for budget in budgets:
         if "pca" in methods:
             yield Entry(plain_pca(calibration, budget), calibrated)
@@ -88,20 +104,32 @@ def entries(
         if "eigen" in methods:
             for keys_alone in (False, True):
                 yield Entry(eigen(calibration, budget, keys_alone), calibrated)
+        if "kvtc" in methods:
+            for recent in (kvtc.RECENT, CODED_WINDOW):
+                yield Entry(transform_coding(calibration, budget, recent), calibrated)
 
 
-def tables(artifact: Artifact, budgets: Sequence[float]) -> list[tuple[str, RankTable, bool]]:
-    """Name, ranks, and whether they are the best known: stored where there are some, and uniform.
+def tables(
+    artifact: Artifact, budgets: Sequence[float], *, ranks_alone: bool = False
+) -> list[tuple[str, RankTable, bool]]:
+    """Name, table, and whether it is the best known: stored where there are some, and uniform.
 
-    The full rank comes first.
+    The full rank comes first. Tables of ranks and bits say so.
     """
     found = [("100.0% uniform", RankTable.full(artifact.geometry), True)]
     for budget in (budget for budget in budgets if budget < 1):
-        stored = any(abs(known - budget) < 1e-9 for known in artifact.tables)
-        if stored:
-            found.append((f"{budget:.1%} adaptive", artifact.table(budget), True))
-        found.append((f"{budget:.1%} uniform", artifact.table(budget, uniform=True), not stored))
+        known = [table for key, table in artifact.tables.items() if abs(key - budget) < 1e-9]
+        stored = [table for table in known if not (ranks_alone and table.coded)]
+        for table in stored:
+            kind = ", ranks and bits" if table.coded else ""
+            found.append((f"{budget:.1%} adaptive{kind}", table, True))
+        found.append((f"{budget:.1%} uniform", uniform(artifact, budget), not stored))
     return found
+
+
+def uniform(artifact: Artifact, budget: float) -> RankTable:
+    """One rank everywhere, by single columns where a budget is below the usual step."""
+    return RankTable.uniform(artifact.geometry, budget, step=1 if budget < FINE else None)
 
 
 def exact_choices(artifact: Artifact, windows: Sequence[int]) -> list[ours.Exact]:
@@ -135,7 +163,7 @@ def of_latents(name: str, artifact: Artifact, budgets: Sequence[float]) -> Itera
     fours = [ours.Codes(bits=4), ours.Codes(bits=4, rotated=True)]
     # Not 8 bits with exact tokens: 4 bits at a larger budget lose less in as many bytes.
     codings = [(ours.Codes(bits=8), ours.NONE), *product(fours, choices)]
-    for label, table, is_best in tables(artifact, budgets):
+    for label, table, is_best in tables(artifact, budgets, ranks_alone=True):
         for codes, exact in codings if is_best else ():
             yield Contestant(
                 method=f"matkv latents int{codes.bits}",
@@ -145,10 +173,22 @@ def of_latents(name: str, artifact: Artifact, budgets: Sequence[float]) -> Itera
             )
 
 
+def of_heads() -> Iterator[Contestant]:
+    """Codes of keys and values a head at a time, without calibration or a budget."""
+    forms: list[tuple[str, str, coded.Format]] = [
+        (TURBOQUANT, "4 bit", coded.TurboQuant(4)),
+        (TURBOQUANT, "3 bit", coded.TurboQuant(3)),
+        (PER_TOKEN_HEAD, "", coded.PerTokenHead(4)),
+    ]
+    for method, setting, form in forms:
+        build = partial(coded.CodedHeads, form)
+        yield Contestant(method=method, setting=setting, family="quantization", build=build)
+
+
 def plain_pca(calibration: Calibration, budget: float) -> Contestant:
     def build() -> Method:
         artifact = calibration.pca
-        return ours.Latent(artifact, artifact.table(budget, uniform=True))
+        return ours.Latent(artifact, uniform(artifact, budget))
 
     return Contestant(
         method="plain PCA", setting=f"{budget:.1%} uniform", family="low rank", build=build
@@ -180,5 +220,17 @@ def eigen(calibration: Calibration, budget: float, keys_alone: bool) -> Contesta
         method="Eigen Attention style",
         setting=f"{budget:.1%} uniform{variant}",
         family="low rank",
+        build=build,
+    )
+
+
+def transform_coding(calibration: Calibration, budget: float, recent: int) -> Contestant:
+    def build() -> Method:
+        return kvtc.Kvtc(calibration.joint, budget, recent=recent)
+
+    return Contestant(
+        method="KVTC style",
+        setting=f"{budget:.1%}, first {kvtc.SINK} and last {recent} exact",
+        family="quantization",
         build=build,
     )

@@ -14,7 +14,7 @@ from .protocol import Row, summary
 # What tells two measurements apart; a row replaces an older one that is equal in all of these.
 TASK = ("model", "dtype", "text", "windows", "length", "prefill", "chunk")
 PEERS = Kind("peers", (*TASK, "method", "setting", "artifact", "calibrated_on"))
-LEVELS = (0.75, 0.5, 0.375, 0.25, 0.125)
+LEVELS = (0.75, 0.5, 0.375, 0.35, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1)
 OURS = ("matkv", "matkv + quantization")
 
 

@@ -1,0 +1,371 @@
+"""Peers that keep codes: exact bytes, errors that fall with bits, and the full cache in the limit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import matkv
+from matkv.artifact.artifact import Artifact
+from matkv.ranks import SIDES, RankTable
+from peers import coded, kvtc, ours
+from peers.entries import Calibration, entries, of_artifact, of_latents
+from peers.protocol import Method, Protocol, Row, full_bytes_per_token, score
+from tiny import Tiny, build, tokens
+
+PROTOCOL = Protocol(length=32, context=20, chunk=5)
+LENGTHS = (25, 30, 31)  # at which bytes are counted
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return tokens(3, 32, seed=5)
+
+
+@pytest.fixture
+def full(llama: Tiny, windows: torch.Tensor) -> Row:
+    return score(llama.model, windows, PROTOCOL, Method())
+
+
+@pytest.fixture
+def bases(llama: Tiny) -> list[Any]:
+    return kvtc.joint_bases(llama.model, [tokens(4, 48, seed=7), tokens(4, 48, seed=8)])
+
+
+def distance(row: Row, other: Row) -> float:
+    return max(abs(a - b) for a, b in zip(row["losses"], other["losses"], strict=True))
+
+
+def heavy(*shape: int) -> torch.Tensor:
+    """Numbers whose size differs from token to token."""
+    generator = torch.Generator().manual_seed(2)
+    size = torch.randn(*shape[:-1], 1, generator=generator).exp()
+    return size * torch.randn(*shape, generator=generator)
+
+
+# ---- a head at a time
+
+
+FORMS = [coded.TurboQuant, coded.PerTokenHead]
+
+
+def test_bytes_of_the_formats() -> None:
+    assert coded.TurboQuant(4).nbytes(64) == 32 + 2
+    assert coded.TurboQuant(3).nbytes(64) == 24 + 2
+    assert coded.TurboQuant(3).nbytes(5) == 2 + 2  # 15 bits
+    assert coded.PerTokenHead(4).nbytes(64) == 32 + 4
+    assert coded.PerTokenHead(4).nbytes(128) == 64 + 4
+    assert coded.TurboQuant(4).fixed(64) == 64 * 64 + 16
+    assert coded.PerTokenHead(4).fixed(64) == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_error_of_a_format_falls_with_its_bits(form: Any) -> None:
+    x_BGTD = heavy(1, 2, 50, 64)
+    errors = [float((form(bits)(x_BGTD) - x_BGTD).norm() / x_BGTD.norm()) for bits in range(2, 9)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 < 0.2 < errors[0]
+
+
+def test_the_codebook_is_the_one_of_least_error_for_a_normal_distribution() -> None:
+    """Known levels and errors (Max, 1960)."""
+    assert coded.codebook(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-4)
+    assert coded.codebook(2).tolist() == pytest.approx([-1.5104, -0.4528, 0.4528, 1.5104], abs=1e-3)
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(3))
+    for bits, known in ((2, 0.1175), (3, 0.03454), (4, 0.009497)):
+        levels_C = coded.codebook(bits)
+        nearest = levels_C[(x[:, None] - levels_C).abs().argmin(-1)]
+        assert float((nearest - x).square().mean()) == pytest.approx(known, rel=0.02)
+
+
+def test_turboquant_depends_on_a_tokens_norm_by_its_16_bits_alone() -> None:
+    """Each token and head by itself, whatever its size; the rotation spreads what is one column."""
+    form, x_BGTD = coded.TurboQuant(4), heavy(1, 2, 9, 64)
+    assert torch.allclose(form(8 * x_BGTD), 8 * form(x_BGTD), rtol=1e-3)
+    assert torch.equal(form(x_BGTD)[:, 1:, 3:4], form(x_BGTD[:, 1:, 3:4]))
+    spike_BGTD = torch.zeros(1, 1, 1, 64)
+    spike_BGTD[..., 5] = 100.0
+    assert float((form(spike_BGTD) - spike_BGTD).norm()) < 0.15 * 100
+    assert torch.equal(form(torch.zeros(1, 1, 2, 64)), torch.zeros(1, 1, 2, 64))
+    turn_DD = coded.rotation(64)
+    assert torch.allclose(turn_DD @ turn_DD.T, torch.eye(64), atol=1e-5)
+
+
+def test_turboquant_loses_what_its_codebook_loses() -> None:
+    x_BGTD = heavy(1, 4, 500, 64)
+    for bits, known in ((3, 0.03454), (4, 0.009497)):
+        error_BGT = (coded.TurboQuant(bits)(x_BGTD) - x_BGTD).square().sum(-1)
+        relative = float((error_BGT / x_BGTD.square().sum(-1)).mean())
+        assert relative == pytest.approx(known, rel=0.1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_of_heads_count_their_bytes_and_come_near_the_full_cache(
+    llama: Tiny, windows: torch.Tensor, full: Row, form: Any
+) -> None:
+    rows = {
+        bits: score(llama.model, windows, PROTOCOL, coded.CodedHeads(form(bits))) for bits in (2, 8)
+    }
+    for bits, row in rows.items():
+        assert row["bytes_per_token"] == 3 * 2 * 2 * form(bits).nbytes(16)
+        assert row["fixed_bytes"] == form(bits).fixed(16) * 4
+        assert row["note"] == "simulated" and row["resident_bytes_per_token"] is None
+    assert distance(rows[8], full) < 0.02 < distance(rows[2], full)
+    # Detached again, nothing is left of it.
+    assert score(llama.model, windows, PROTOCOL, Method())["losses"] == full["losses"]
+
+
+def test_the_context_is_read_with_the_full_cache(llama: Tiny, windows: torch.Tensor) -> None:
+    method = coded.CodedHeads(coded.TurboQuant(2))
+    context_BT, plain = windows[:1, :20], DynamicCache(config=llama.model.config)
+    with torch.inference_mode(), method.applied(llama.model) as model:
+        for _ in range(2):  # a window after another one, too
+            cache = method.read(model, context_BT)
+            after = model(windows[:1, 20:21], past_key_values=cache).logits
+        model = llama.model
+    with torch.inference_mode():
+        model(context_BT, past_key_values=plain)
+        exact = model(windows[:1, 20:21], past_key_values=plain).logits
+    for layer, same in zip(cache.layers, plain.layers, strict=True):
+        # The deeper layers' last token has read codes.
+        assert torch.allclose(layer.keys[:, :, :20], same.keys[:, :, :20], atol=1e-6)
+    assert not torch.allclose(after, exact, atol=1e-3)
+
+
+# ---- joint components before the rotary embedding
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "cohere"])
+def test_the_rotary_embedding_comes_off_and_on(family: str) -> None:
+    try:
+        model = build(family)
+    except KeyError:
+        pytest.skip(f"no tiny {family}")
+    rotary = kvtc.Rotary(model)
+    seen: list[torch.Tensor] = []
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(2, 20, seed=7), past_key_values=cache)
+    key_BGTD = cache.layers[0].keys
+    assert torch.allclose(rotary.on(rotary.off(key_BGTD)), key_BGTD, atol=1e-5)
+    projection = getattr(model.model.layers[0].self_attn, "k_proj", None)
+    if projection is None:
+        return
+    handle = projection.register_forward_hook(lambda *a: seen.append(a[2].detach()))
+    with torch.no_grad():
+        model(tokens(2, 20, seed=7))
+    handle.remove()
+    assert torch.allclose(kvtc.joined(rotary.off(key_BGTD)), seen[0], atol=1e-4)
+    assert torch.equal(kvtc.parted(kvtc.joined(key_BGTD), key_BGTD.shape[1]), key_BGTD)
+
+
+def test_an_extended_rotary_embedding_comes_off(llama: Tiny) -> None:
+    config = replace_rope(llama.model.config, "yarn")
+    model = type(llama.model)(config).eval()
+    rotary, key_BGTD = kvtc.Rotary(model), heavy(1, 2, 12, 16)
+    on_BGTD = rotary.on(key_BGTD)
+    assert float(on_BGTD.norm()) > 1.05 * float(key_BGTD.norm())
+    assert torch.allclose(rotary.off(on_BGTD), key_BGTD, atol=1e-4)
+
+
+def replace_rope(config: Any, kind: str) -> Any:
+    changed = type(config)(**config.to_dict())
+    changed.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    return changed
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neox"])
+def test_models_without_one_rotary_embedding_are_refused(family: str) -> None:
+    with pytest.raises(matkv.MatkvError, match="rotary embedding"):
+        kvtc.Rotary(build(family))
+
+
+def test_joint_components_are_uncorrelated_and_ordered(llama: Tiny, bases: list[Any]) -> None:
+    seen: list[torch.Tensor] = []
+    projection = llama.model.model.layers[1].self_attn.v_proj
+    handle = projection.register_forward_hook(lambda *a: seen.append(a[2].detach()))
+    with torch.no_grad():
+        for seed in (7, 8):
+            llama.model(tokens(4, 48, seed=seed))
+    handle.remove()
+    y_EN = torch.cat([y_BTN[:, kvtc.SINK :].flatten(0, 1) for y_BTN in seen])
+    basis = bases[1]["value"]
+    z_EN = (y_EN - y_EN.mean(0)) @ basis.maps.encode_XDD[0]
+    assert torch.allclose(y_EN.mean(0) @ basis.maps.encode_XDD[0], basis.quantizer.mean_GD[0])
+    moment_NN = z_EN.T @ z_EN / len(z_EN)
+    energy_N = moment_NN.diagonal()
+    assert torch.allclose(moment_NN, energy_N.diag(), atol=1e-4)
+    assert (energy_N.diff() <= 1e-5).all()
+    assert torch.allclose(basis.quantizer.energy_GD[0], energy_N, rtol=1e-3)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.4, 0.25, 0.1, 0.04])
+def test_bits_are_within_the_budget_and_shared_by_both_sides(
+    bases: list[Any], budget: float
+) -> None:
+    table = kvtc.allocated(bases, budget)
+    assert table.budget <= budget + 1e-9
+    for side in SIDES:
+        share = table.share(side)
+        assert share <= budget / 2 + 1e-9
+        # All of it but a step of the widest codes in every layer.
+        if budget < 0.5:
+            assert share > budget / 2 - 3 * (kvtc.STEP + 1) / (2 * 3 * 2 * 32)
+    columns = sum(sum(bands[1:]) for bands in table.coded.values())
+    assert table.columns == columns  # nothing at 16 bits
+    if budget == 1:
+        assert set(table.coded.values()) == {(0, 32, 0, 0)}
+
+
+def test_no_other_bits_of_as_many_bytes_have_less_error(bases: list[Any]) -> None:
+    """Against random ways to spend as much."""
+    table = kvtc.allocated(bases, 0.25)
+
+    def cost(widths: list[int], basis: Any) -> float:
+        errors_NW = kvtc.errors(basis)
+        places = {16: 0, 8: 1, 4: 2, 2: 3, 0: 4}
+        return sum(float(errors_NW[n, places[width]]) for n, width in enumerate(widths))
+
+    generator = torch.Generator().manual_seed(0)
+    for layer, sides in enumerate(bases):
+        bands = table.bands(layer, "key")[0]
+        widths = [w for n, w in zip(bands, (16, 8, 4, 2), strict=True) for _ in range(n)]
+        widths += [0] * (32 - len(widths))
+        least = cost(widths, sides["key"])
+        for _ in range(20):
+            order = torch.randperm(8, generator=generator).tolist()
+            shuffled = [w for k in order for w in widths[4 * k : 4 * k + 4]]
+            assert cost(shuffled, sides["key"]) >= least - 1e-9
+
+
+@pytest.mark.parametrize("recent", [0, 6, 128])
+def test_joint_codes_count_their_bytes(
+    llama: Tiny, windows: torch.Tensor, bases: list[Any], recent: int
+) -> None:
+    method = kvtc.Kvtc(bases, 0.2, recent=recent)
+    row = score(llama.model, windows, PROTOCOL, method)
+    a_token = 0
+    for bands in method.table.coded.values():
+        _, eight, four, two = bands
+        a_token += eight + math.ceil(four / 2) + math.ceil(two / 4) + 1
+    whole = full_bytes_per_token(llama.model)
+    exact = {tokens: min(tokens, 4 + recent) for tokens in LENGTHS}
+    expected = sum((tokens - n) * a_token + n * whole for tokens, n in exact.items())
+    assert row["bytes_per_token"] == pytest.approx(expected / sum(LENGTHS))
+    ranks = [rank for *_, rank in method.table.growing_ranks()]
+    assert row["fixed_bytes"] == sum(32 * rank + 32 + 2 * rank for rank in ranks) * 4
+
+
+def test_the_loss_of_joint_codes_falls_to_none_with_their_bits(
+    llama: Tiny, windows: torch.Tensor, full: Row, bases: list[Any]
+) -> None:
+    rows = [
+        score(llama.model, windows, PROTOCOL, kvtc.Kvtc(bases, budget, recent=0))
+        for budget in (1.0, 0.25, 0.06)
+    ]
+    distances = [distance(row, full) for row in rows]
+    assert distances == sorted(distances)
+    assert distances[0] < 0.02 < distances[-1]
+    # With every token exact it is the full cache.
+    exact = score(llama.model, windows, PROTOCOL, kvtc.Kvtc(bases, 0.06, recent=32))
+    assert exact["losses"] == pytest.approx(full["losses"], abs=1e-4)
+    assert exact["growing_budget"] == pytest.approx(1)
+
+
+def test_the_states_of_joint_codes_are_what_the_formula_says(
+    llama: Tiny, bases: list[Any]
+) -> None:
+    """Values at 0 bits are their mean; keys at 8 bits are themselves, nearly."""
+    method = kvtc.Kvtc(bases, 1.0)
+    handler = method.handlers(llama.model)[0]
+    assert (handler.sink, handler.recent) == (4, 128)
+    key_BGTD, value_BGTD = heavy(1, 2, 12, 16), heavy(1, 2, 12, 16)
+    method.table = RankTable.banded(
+        method.table.geometry,
+        {(layer, side, 0): (0, 0, 0, 0) for layer in range(3) for side in SIDES},
+    )
+    dropped = method.handlers(llama.model)[0]
+    key, value = dropped(key_BGTD, value_BGTD)
+    basis = bases[0]["value"]
+    mean_N = basis.quantizer.mean_GD[0] @ basis.maps.decode_XDD[0].T
+    assert torch.allclose(kvtc.joined(value)[0, 4:], mean_N.expand(8, -1), atol=1e-5)
+    assert torch.equal(value[:, :, :4], value_BGTD[:, :, :4])
+    # The mean of keys is one before the rotary embedding.
+    plain = kvtc.joined(kvtc.Rotary(llama.model).off(key))[0, 4:]
+    assert torch.allclose(plain, plain[:1].expand(8, -1), atol=1e-5)
+
+
+# ---- entries
+
+
+def test_entries_of_codes(llama: Tiny) -> None:
+    calibration = Calibration(llama.model, None, lambda: [], 4096)
+    found = list(entries(("turboquant", "int4", "kvtc"), {}, (0.25, 0.1), calibration))
+    assert [entry.contestant.name for entry in found] == [
+        "TurboQuant style, 4 bit",
+        "TurboQuant style, 3 bit",
+        "int4 per token and head",
+        "KVTC style, 25.0%, first 4 and last 128 exact",
+        "KVTC style, 25.0%, first 4 and last 32 exact",
+        "KVTC style, 10.0%, first 4 and last 128 exact",
+        "KVTC style, 10.0%, first 4 and last 32 exact",
+    ]
+    assert {entry.contestant.family for entry in found} == {"quantization"}
+    assert [entry.extra for entry in found] == [{}] * 3 + [{"calibrated_on": 4096}] * 4
+    assert [e.contestant.name for e in entries(("int4",), {}, (0.25,), calibration)] == [
+        "int4 per token and head"
+    ]
+
+
+def test_kvtc_is_calibrated_once_for_all_budgets(
+    llama: Tiny, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = Calibration(llama.model, None, lambda: [], 4096)
+    calibration.__dict__["batches"] = [tokens(4, 48, seed=7)]
+    calls: list[int] = []
+    fitted = kvtc.joint_bases
+    monkeypatch.setattr(kvtc, "joint_bases", lambda *a: calls.append(1) or fitted(*a))
+    rows = [
+        score(llama.model, windows, PROTOCOL, entry.contestant.build())
+        for entry in entries(("kvtc",), {}, (0.5, 0.1), calibration)
+        if "last 32" in entry.contestant.setting
+    ]
+    assert len(rows) == 2 and calls == [1]
+
+
+# ---- matkv's own rows of ranks and bits
+
+
+@pytest.fixture
+def with_bits(llama: Tiny) -> Artifact:
+    cells = [cell[:3] for cell in RankTable.full(llama.geometry).growing_ranks()]
+    table = RankTable.banded(llama.geometry, dict.fromkeys(cells, (0, 4, 4, 4)))
+    return replace(llama.artifact, tables={0.25: table, 0.5: llama.ragged()})
+
+
+def test_rows_of_ranks_and_bits_say_so(with_bits: Artifact) -> None:
+    settings = [one.setting for one in of_artifact("run", with_bits, (0.5, 0.25, 0.1))]
+    assert "run 25.0% adaptive, ranks and bits, last 32 exact" in settings
+    assert "run 50.0% adaptive, last 32 exact" in settings
+    assert "run 10.0% uniform" in settings  # below the usual step of ranks
+    assert len(settings) == len(set(settings))
+
+
+def test_latents_are_not_quantized_twice(with_bits: Artifact) -> None:
+    settings = [one.setting for one in of_latents("run", with_bits, (0.5, 0.25))]
+    assert not any("ranks and bits" in setting for setting in settings)
+    assert "run 25.0% uniform, rotated" in settings
+    assert "run 50.0% adaptive, rotated" in settings
+    assert "run 50.0% uniform, rotated" not in settings
+
+
+def test_a_row_of_ranks_and_bits_counts_its_codes(
+    llama: Tiny, windows: torch.Tensor, with_bits: Artifact
+) -> None:
+    quantizers = matkv.allocate and with_bits.tables[0.25]
+    assert ours.Latent(with_bits, quantizers).fixed_nbytes(llama.model) > 0
