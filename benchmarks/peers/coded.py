@@ -108,7 +108,7 @@ class TurboQuant:
         return -(-dim * self.bits // 8) + NORM_NBYTES
 
     def fixed(self, dim: int) -> int:
-        return dim * dim + 2**self.bits
+        return dim * dim + (1 << self.bits)
 
     def __call__(self, x_BGTD: Tensor) -> Tensor:
         turn_DD = rotation(x_BGTD.shape[-1]).to(x_BGTD.device)
@@ -117,7 +117,8 @@ class TurboQuant:
         direction_BGTD = (x_BGTD / norm_BGT1.clamp_min(1e-12)) @ turn_DD
         edges = (levels_C[1:] + levels_C[:-1]) / 2
         decoded_BGTD = levels_C[torch.bucketize(direction_BGTD, edges)]
-        return norm_BGT1.half().float() * (decoded_BGTD @ turn_DD.T)
+        back_BGTD: Tensor = norm_BGT1.half().float() * (decoded_BGTD @ turn_DD.T)
+        return back_BGTD
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class PerTokenHead:
 def rotation(dim: int) -> Tensor:
     """A random orthogonal matrix, always the same.  [DD]"""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    turn_DD: Tensor = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    return turn_DD
 
 
 @remembered
@@ -152,7 +154,7 @@ def codebook(bits: int) -> Tensor:
 
     Lloyd's algorithm: edges in the middle between levels, levels at the mean between edges.
     """
-    count = 2**bits
+    count = 1 << bits
     places_C = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     # Many levels lie as densely as the cube root of the density.
     levels_C = math.sqrt(3) * torch.special.ndtri(places_C)
@@ -163,7 +165,8 @@ def codebook(bits: int) -> Tensor:
         share_C = torch.special.ndtr(edges).diff()
         levels_C = -density.diff() / share_C
         levels_C = (levels_C - levels_C.flip(0)) / 2  # symmetric in spite of rounding
-    return levels_C.float()
+    found_C: Tensor = levels_C.float()
+    return found_C
 
 
 class ThroughFormat(Projected):
@@ -189,9 +192,7 @@ class CodedHeads(Coded):
         return {layer: ThroughFormat(self.form) for layer in layers}
 
     def coded_nbytes(self, cache: Any) -> int:
-        return sum(
-            x_BGTD.shape[1] * self.form.nbytes(x_BGTD.shape[3]) for x_BGTD in states(cache)
-        )
+        return sum(x_BGTD.shape[1] * self.form.nbytes(x_BGTD.shape[3]) for x_BGTD in states(cache))
 
     def fixed_nbytes(self, model: Any) -> int:
         dims = {shape.head_dim for shape in geometry_of(model.config).layers}

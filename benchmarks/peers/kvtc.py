@@ -93,7 +93,8 @@ def joined(x_BGTD: Tensor) -> Tensor:
 
 def parted(y_BTN: Tensor, heads: int) -> Tensor:
     """Inverse of `joined`.  [BTN -> BGTD]"""
-    return y_BTN.unflatten(-1, (heads, -1)).transpose(1, 2)
+    x_BTGD: Tensor = y_BTN.unflatten(-1, (heads, -1))
+    return x_BTGD.transpose(1, 2)
 
 
 # ---- calibration
@@ -125,9 +126,7 @@ class JointRecorder:
             y_EN = joined(x_BGTD)[:, SINK:].flatten(0, 1).float()
             sums = y_EN.sum(0), y_EN.T @ y_EN
             before = self.sums.get(side)
-            self.sums[side] = (
-                sums if before is None else (before[0] + sums[0], before[1] + sums[1])
-            )
+            self.sums[side] = sums if before is None else (before[0] + sums[0], before[1] + sums[1])
             self.rows[side].append(y_EN[:kept].cpu())
         self.tokens += len(y_EN)
 
