@@ -19,6 +19,7 @@ from matkv.artifact.results import Results
 from matkv.bases.maps import Maps
 from matkv.cache.cache import attached_projections
 from matkv.ranks import RankTable
+from peer_rows import PROTOCOL
 from peers import environments, low_rank, ours, presses, quantized, shrink
 from peers.entries import Calibration, entries, of_artifact, of_latents
 from peers.protocol import (
@@ -34,8 +35,6 @@ from peers.protocol import (
 )
 from peers.table import PEERS, front, level, markdown
 from tiny import Tiny, build, tokens
-
-PROTOCOL = Protocol(length=32, context=20, chunk=5)
 
 
 @pytest.fixture
