@@ -29,7 +29,6 @@ from torch import Tensor
 from matkv.bases.gates import Projected
 from matkv.hf.geometry import geometry_of
 from matkv.hf.handlers import truncating
-from matkv.ranks import Side
 
 from .ours import NONE, Codes, Exact, fake_quantize
 from .protocol import Method
@@ -176,8 +175,10 @@ class ThroughFormat(Projected):
         super().__init__()
         self.form = form
 
-    def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:
-        return self.form(x_BGTD.float()).to(x_BGTD.dtype)
+    def changed(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they come out of the cache."""
+        key, value = (self.form(x.float()).to(x.dtype) for x in (key_BGTD, value_BGTD))
+        return key, value
 
 
 class CodedHeads(Coded):

@@ -196,12 +196,14 @@ class JointCodes(Projected):
         super().__init__(exact.recent, exact.sink)
         self.coded, self.rotary = coded, rotary
 
-    def changed(self, side: Side, x_BGTD: Tensor) -> Tensor:
-        is_key = side == "key"
-        y_BTN = joined(self.rotary.off(x_BGTD) if is_key else x_BGTD.float())
-        back_BTN = self.coded.changed(side, y_BTN[:, None])[:, 0]
-        back_BGTD = parted(back_BTN, x_BGTD.shape[1])
-        return (self.rotary.on(back_BGTD) if is_key else back_BGTD).to(x_BGTD.dtype)
+    def changed(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they come out of the cache."""
+        heads = key_BGTD.shape[1]
+        plain = self.rotary.off(key_BGTD), value_BGTD.float()
+        key_B1TN, value_B1TN = self.coded.changed(*(joined(one)[:, None] for one in plain))
+        key = self.rotary.on(parted(key_B1TN[:, 0], heads))
+        value = parted(value_B1TN[:, 0], heads)
+        return key.to(key_BGTD.dtype), value.to(value_BGTD.dtype)
 
 
 class Kvtc(Coded):
