@@ -90,13 +90,14 @@ def test_joint_components_are_uncorrelated_and_ordered(llama: Tiny, bases: list[
     handle.remove()
     y_EN = torch.cat([y_BTN[:, kvtc.SINK :].flatten(0, 1) for y_BTN in seen])
     basis = bases[1]["value"]
-    z_EN = (y_EN - y_EN.mean(0)) @ basis.maps.encode_XDD[0]
-    assert torch.allclose(y_EN.mean(0) @ basis.maps.encode_XDD[0], basis.quantizer.mean_GD[0])
+    assert torch.allclose(basis.mean_N, y_EN.mean(0), atol=1e-6)
+    z_EN = (y_EN - basis.mean_N) @ basis.maps.encode_XDD[0]
     moment_NN = z_EN.T @ z_EN / len(z_EN)
     energy_N = moment_NN.diagonal()
     assert torch.allclose(moment_NN, energy_N.diag(), atol=1e-4)
     assert (energy_N.diff() <= 1e-5).all()
-    assert torch.allclose(basis.quantizer.energy_GD[0], energy_N, rtol=1e-3)
+    # A dropped component costs its energy.
+    assert torch.allclose(kvtc.errors(basis)[:, -1], energy_N, rtol=1e-3)
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.4, 0.25, 0.1, 0.04])
@@ -165,25 +166,21 @@ def test_the_loss_of_joint_codes_falls_to_none_with_their_bits(
     assert exact["growing_budget"] == pytest.approx(1)
 
 
-def test_the_states_of_joint_codes_are_what_the_formula_says(llama: Tiny, bases: list[Any]) -> None:
-    """Values at 0 bits are their mean; keys at 8 bits are themselves, nearly."""
-    method = kvtc.Kvtc(bases, 1.0)
+def test_a_dropped_component_is_its_mean(llama: Tiny, bases: list[Any]) -> None:
+    """Keys have theirs before the rotary embedding; the first tokens stay as they are."""
+    method = kvtc.Kvtc(bases, 0.1)
+    geometry = method.table.geometry
+    none = {(layer, side, 0): (0, 0, 0, 0) for layer in geometry.growing for side in SIDES}
+    method.table = RankTable.banded(geometry, none)
     handler = method.handlers(llama.model)[0]
     assert (handler.sink, handler.recent) == (4, 128)
     key_BGTD, value_BGTD = heavy(1, 2, 12, 16), heavy(1, 2, 12, 16)
-    method.table = RankTable.banded(
-        method.table.geometry,
-        {(layer, side, 0): (0, 0, 0, 0) for layer in range(3) for side in SIDES},
-    )
-    dropped = method.handlers(llama.model)[0]
-    key, value = dropped(key_BGTD, value_BGTD)
-    basis = bases[0]["value"]
-    mean_N = basis.quantizer.mean_GD[0] @ basis.maps.decode_XDD[0].T
-    assert torch.allclose(kvtc.joined(value)[0, 4:], mean_N.expand(8, -1), atol=1e-5)
-    assert torch.equal(value[:, :, :4], value_BGTD[:, :, :4])
-    # The mean of keys is one before the rotary embedding.
-    plain = kvtc.joined(kvtc.Rotary(llama.model).off(key))[0, 4:]
-    assert torch.allclose(plain, plain[:1].expand(8, -1), atol=1e-5)
+    key, value = handler(key_BGTD, value_BGTD)
+    for side, x_BGTD in (("key", kvtc.Rotary(llama.model).off(key)), ("value", value)):
+        mean_N = bases[0][side].mean_N
+        assert torch.allclose(kvtc.joined(x_BGTD)[0, 4:], mean_N.expand(8, -1), atol=1e-5)
+    for x_BGTD, exact_BGTD in ((key, key_BGTD), (value, value_BGTD)):
+        assert torch.equal(x_BGTD[:, :, :4], exact_BGTD[:, :, :4])
 
 
 # ---- entries

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,8 +102,9 @@ def parted(y_BTN: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class JointBasis:
-    """One side of one layer: its components as one head of N columns, and their quantizer."""
+    """One side of one layer: its mean, its components as one head of N columns, their quantizer."""
 
+    mean_N: Tensor
     maps: Maps
     quantizer: Quantizer
 
@@ -131,12 +132,10 @@ class JointRecorder:
         self.tokens += len(y_EN)
 
     def basis(self, side: Side) -> JointBasis:
-        sum_N, sum_NN = (one.cpu().double() / self.tokens for one in self.sums[side])
-        basis_1NN = ordered_basis((sum_NN - torch.outer(sum_N, sum_N))[None])
-        mean_1N = sum_N.float() @ basis_1NN
-        z_1EN = torch.cat(self.rows[side]) @ basis_1NN
-        quantizer = replace(fit(z_1EN - mean_1N[:, None]), mean_GD=mean_1N)
-        return JointBasis(Maps.orthogonal(basis_1NN), quantizer)
+        mean_N, square_NN = (one.cpu().double() / self.tokens for one in self.sums[side])
+        basis_1NN = ordered_basis((square_NN - torch.outer(mean_N, mean_N))[None])
+        z_1EN = (torch.cat(self.rows[side]) - mean_N.float()) @ basis_1NN
+        return JointBasis(mean_N.float(), Maps.orthogonal(basis_1NN), fit(z_1EN))
 
 
 def joint_bases(model: Any, batches: Iterable[Tensor]) -> list[Mapping[Side, JointBasis]]:
@@ -177,9 +176,9 @@ def allocated(bases: list[Mapping[Side, JointBasis]], budget: float) -> RankTabl
 
 def errors(basis: JointBasis) -> Tensor:
     """Mean squared error of every component at 16, 8, 4, 2 and 0 bits.  [NW]"""
-    quantizer = basis.quantizer
-    none_1N = torch.zeros_like(quantizer.energy_GD)
-    return torch.cat((none_1N, *quantizer.error_WGD, quantizer.energy_GD)).T
+    none_1N = torch.zeros_like(basis.quantizer.scale_GD)
+    dropped_1N = basis.quantizer.scale_GD.square()
+    return torch.cat((none_1N, *basis.quantizer.error_WGD, dropped_1N)).T
 
 
 def _columns(basis: JointBasis) -> int:
@@ -192,18 +191,28 @@ def _columns(basis: JointBasis) -> int:
 class JointCodes(Projected):
     """One layer's keys and values through the codes of their joint components."""
 
-    def __init__(self, coded: GatedProjection, rotary: Rotary, exact: Exact) -> None:
+    def __init__(
+        self,
+        coded: GatedProjection,
+        means: tuple[Tensor, Tensor],
+        rotary: Rotary,
+        exact: Exact,
+    ) -> None:
         super().__init__(exact.recent, exact.sink)
-        self.coded, self.rotary = coded, rotary
+        self.coded, self.means, self.rotary = coded, means, rotary
 
     def changed(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Both as they come out of the cache."""
-        heads = key_BGTD.shape[1]
         plain = self.rotary.off(key_BGTD), value_BGTD.float()
-        key_B1TN, value_B1TN = self.coded.changed(*(joined(one)[:, None] for one in plain))
-        key = self.rotary.on(parted(key_B1TN[:, 0], heads))
-        value = parted(value_B1TN[:, 0], heads)
-        return key.to(key_BGTD.dtype), value.to(value_BGTD.dtype)
+        centred = [
+            (joined(x_BGTD) - mean_N)[:, None]
+            for x_BGTD, mean_N in zip(plain, self.means, strict=True)
+        ]
+        key, value = (
+            parted(y_B1TN[:, 0] + mean_N, key_BGTD.shape[1])
+            for y_B1TN, mean_N in zip(self.coded.changed(*centred), self.means, strict=True)
+        )
+        return self.rotary.on(key).to(key_BGTD.dtype), value.to(value_BGTD.dtype)
 
 
 class Kvtc(Coded):
@@ -227,14 +236,15 @@ class Kvtc(Coded):
             )
             for side in SIDES:
                 coded.code(side, self.table.bands(layer, side))
-            found[layer] = JointCodes(coded, rotary, self.exact)
+            means = there(sides["key"].mean_N), there(sides["value"].mean_N)
+            found[layer] = JointCodes(coded, means, rotary, self.exact)
         return found
 
     def coded_nbytes(self, cache: Any) -> int:
         return self.table.bytes_per_token(cache.layers[0].keys.dtype)
 
     def fixed_nbytes(self, model: Any) -> int:
-        """Kept components [NR], their means and steps [R], and the mean of what is dropped [N]."""
+        """Kept components [NR], their scales and steps [R], and the mean of a side [N]."""
         numbers = sum(
             _columns(self.bases[layer][side]) * (rank + 1) + 2 * rank
             for layer, side, _, rank in self.table.growing_ranks()
