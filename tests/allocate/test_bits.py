@@ -95,7 +95,7 @@ def test_constraints_hold(damage: dict[Cell, Tensor]) -> None:
 def test_a_budget_below_the_constraints_is_refused(damage: dict[Cell, Tensor]) -> None:
     with pytest.raises(BudgetError, match="smallest that the constraints allow"):
         line(damage, min_rank=8).table(0.1)
-    with pytest.raises(RankError, match="leave no layer"):
+    with pytest.raises(RankError, match="leave no rank"):
         line(damage, protected=GEOMETRY.growing)
 
 

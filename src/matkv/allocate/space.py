@@ -98,7 +98,7 @@ def units_of(geometry: Geometry, constraints: Constraints) -> tuple[Unit, ...]:
         for cells in _cells(layer, shape.kv_heads, constraints):
             units.append(Unit(cells, ladder))
     if not units:
-        raise RankError("the constraints leave no layer to compress: protect fewer layers")
+        raise RankError("the constraints leave no rank to give up: protect fewer layers")
     return tuple(units)
 
 

@@ -18,7 +18,7 @@ from matkv.calibrate import calibrate
 from matkv.commands import console
 from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import from_fields
-from matkv.commands.options import JsonOpt, Loading
+from matkv.commands.options import JsonOpt, Loading, as_runs
 from matkv.commands.tables import benchmark_table
 from matkv.errors import MatkvError
 from matkv.models.dtype import as_device, choose
@@ -32,7 +32,9 @@ def benchmark_command(
     config: BenchmarkConfig,
     way: Setting,
     loading: Loading,
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="artifact directory")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="artifact directory", callback=as_runs)
+    ] = None,
     random_weights: Annotated[
         str | None, typer.Option(help="a config's directory or hub id, in place of RUN")
     ] = None,

@@ -10,7 +10,7 @@ import typer
 from matkv.commands import console
 from matkv.commands.from_fields import from_fields
 from matkv.commands.machine import examine, fit
-from matkv.commands.options import JsonOpt, Loading
+from matkv.commands.options import JsonOpt, Loading, as_runs
 from matkv.commands.tables import facts
 from matkv.errors import ArtifactError
 
@@ -19,7 +19,10 @@ from matkv.errors import ArtifactError
 def doctor_command(
     loading: Loading,
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="artifact to check against its model")
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]", help="artifact to check against its model", callback=as_runs
+        ),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:

@@ -16,12 +16,20 @@ from matkv.errors import MatkvError, ModelError
 from matkv.models.load import load_model
 from matkv.settings import NotNegative, Seed, settings
 
+
+def as_runs(given: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Directories of artifacts, those that come along by their names."""
+    if given is None:
+        return None
+    return [resolved(one) for one in given] if isinstance(given, list) else resolved(given)
+
+
 RunArg = Annotated[
     Path,
     typer.Argument(
         metavar="RUN",
         help="artifact directory, or smollm2-135m for the one that comes along",
-        callback=resolved,
+        callback=as_runs,
     ),
 ]
 BudgetOpt = Annotated[float, typer.Option(help="fraction of cache bytes to keep")]

@@ -11,7 +11,7 @@ from matkv.artifact.results import Results
 from matkv.artifact.setting import Setting
 from matkv.commands import console
 from matkv.commands.from_fields import from_fields
-from matkv.commands.options import JsonOpt, Loading
+from matkv.commands.options import JsonOpt, Loading, as_runs
 from matkv.evaluate.samples import BUDGETS, PROMPTS, SAMPLES, sample_texts
 from matkv.report.build import report
 
@@ -19,7 +19,10 @@ from matkv.report.build import report
 @from_fields()
 def report_command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="artifacts of one model, to compare")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="artifacts of one model, to compare", callback=as_runs
+        ),
     ],
     loading: Loading,
     out: Annotated[Path, typer.Option("-o", "--out", help="directory of the report")] = Path(
