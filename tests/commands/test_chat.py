@@ -322,3 +322,18 @@ def _endless(run: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_a_full_memory_shrinks_the_cache_and_the_talk_goes_on(
+    home: Path, run: Path, matkv: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--length", "64", "--search-tokens", "128", "--budget", "0.5", "--budget", "0.2")
+    assert matkv("allocate", run, "--text", home / "text.txt", *asked).code == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello there\nAnd again\n"))
+    ended = matkv("chat", run, "--budget", "0.5", "--memory", "1kB", "--max-new-tokens", "8")
+    assert ended.code == 0, ended.err
+    assert "the cache was full: it goes on at" in ended.err
+    assert "no smaller budget is stored" in ended.err
+    for size in ("0", "-1MB", "much"):
+        refused = matkv("chat", run, "--memory", size)
+        assert refused.code == 2 and "as 64MB or 1GiB" in refused.err
