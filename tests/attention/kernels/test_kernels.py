@@ -8,7 +8,6 @@ Shapes: B batch, H query head, G KV head, T token, D head dim.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -26,10 +25,9 @@ from matkv.hf import handlers as hf
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import LayerRanks
+from one_query import KEY, SCALING, VALUE, D, G, check, kernel, padding, queries
 from tiny import Tiny, greedy, largest_difference, left_padded, random_maps, tokens
 
-G, D, SCALING = 4, 24, 0.3
-KEY, VALUE = random_maps(G, D, 1, oblique=True), random_maps(G, D, 2)
 RANKS: dict[str, tuple[LayerRanks, LayerRanks]] = {
     "full": ((D,) * G, (D,) * G),
     "uniform": ((8,) * G, (8,) * G),
@@ -43,9 +41,7 @@ every_rank = pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Any]:
-    pytest.importorskip("triton")
-    module = importlib.import_module("matkv.attention.kernels.gpu")
-    with mock.patch.object(module, "_multiprocessors", lambda device: 4):
+    with kernel("gpu") as module:
         yield module
 
 
@@ -57,26 +53,6 @@ def layer(ranks: tuple[LayerRanks, LayerRanks], batch: int, length: int) -> Late
         key_BGTD, value_BGTD
     )[0]
     return latents
-
-
-def queries(batch: int, group: int) -> Tensor:
-    return torch.randn(batch, G * group, 1, D, generator=torch.Generator().manual_seed(3))
-
-
-def padding(starts: tuple[int, ...], length: int, dtype: torch.dtype = torch.bool) -> Tensor:
-    """A mask of sequences that start at these positions.  [B 1 1 T]"""
-    seen = torch.arange(length) >= torch.tensor(starts)[:, None, None, None]
-    if dtype == torch.bool:
-        return seen
-    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
-
-
-def check(decode: Any, latents: Latents, query: Tensor, mask: Tensor | None = None) -> None:
-    expected = attend_explicit(latents, query, mask, scaling=SCALING)
-    with mock.patch.object(attention, "_decoder", lambda *_: decode), torch.no_grad():
-        out = attend(latents, query, mask, scaling=SCALING)
-    assert out.shape == expected.shape
-    assert largest_difference(out, expected) < 2e-6
 
 
 # ---- Triton
@@ -143,10 +119,10 @@ def test_triton_generates_the_same_tokens(gpu: Any, llama: Tiny) -> None:
 
 def test_places_of_rows_are_copied_once_to_the_device(gpu: Any) -> None:
     latents, query = layer(RANKS["odd"], 1, 10), queries(1, 1)
-    gpu._table.cache_clear()
+    gpu.table.cache_clear()
     for _ in range(3):
         check(gpu.decode, latents, query)
-    assert gpu._table.cache_info().misses == 1
+    assert gpu.table.cache_info().misses == 1
 
 
 # ---- CPU

@@ -12,6 +12,7 @@ M view columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -44,29 +45,63 @@ def decode(
     `splits` parts, by default as many as keep the device busy. The second result is the log of the
     weights' sum, in fp32.
     """
-    B, G, X, M = query_BGXM.shape
+    X, M = query_BGXM.shape[2:]
+    key, value = projection.highest_ranks
     tokens, device = rows[0].shape[2], query_BGXM.device
     query_BGXM = query_BGXM.contiguous()
+    parts = divided(query_BGXM, tokens, splits)
+    _decode_part[parts.grid](
+        query_BGXM, table(places(rows), device), projection.ranks,
+        query_BGXM if mask is None else mask, parts.out_BGSXM, parts.lse_BGSX,
+        tokens, parts.tokens, scaling, X, M, mask_stride(mask),
+        HAS_MASK=mask is not None, BLOCK_T=BLOCK_T, WIDEN=WIDEN,
+        BLOCK_X=tile(X), BLOCK_KEY=tile(key), BLOCK_VALUE=tile(value),
+    )  # fmt: skip
+    return merged(parts, query_BGXM, projection.ranks)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the programs of the first launch leave to the second, each of so many tokens.
+
+    Values are in the first columns, as many as the head's value rank.
+    """
+
+    out_BGSXM: Tensor
+    lse_BGSX: Tensor
+    tokens: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Programs of the first launch: sequences, KV heads and parts of the context."""
+        return tuple(self.lse_BGSX.shape[:3])
+
+
+def divided(query_BGXM: Tensor, tokens: int, splits: int | None) -> Parts:
+    """Room for `splits` parts of the context, by default as many as keep the device busy."""
+    B, G, X, M = query_BGXM.shape
+    device = query_BGXM.device
     blocks = triton.cdiv(tokens, BLOCK_T)
     if splits is None:
         splits = triton.cdiv(PROGRAMS * _multiprocessors(device), B * G)
     splits = max(1, min(splits, blocks))
     part_tokens = triton.cdiv(blocks, splits) * BLOCK_T
     splits = triton.cdiv(tokens, part_tokens)
-    part_BGSXM = torch.empty(B, G, splits, X, M, dtype=torch.float32, device=device)
+    out_BGSXM = torch.empty(B, G, splits, X, M, dtype=torch.float32, device=device)
     lse_BGSX = torch.empty(B, G, splits, X, dtype=torch.float32, device=device)
-    lse_BGX = torch.empty(B, G, X, dtype=torch.float32, device=device)
+    return Parts(out_BGSXM, lse_BGSX, part_tokens)
+
+
+def merged(parts: Parts, query_BGXM: Tensor, ranks_GS: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts put together, values in the last columns, and the log of the weights' sum.
+
+    [-> BGXM, BGX]
+    """
+    B, G, splits, X, M = parts.out_BGSXM.shape
     out_BGXM = torch.empty_like(query_BGXM)
-    sizes = _tile(X, projection)
-    _decode_part[(B, G, splits)](
-        query_BGXM, _table(_places(rows), device), projection.ranks,
-        query_BGXM if mask is None else mask, part_BGSXM, lse_BGSX,
-        tokens, part_tokens, scaling, X, M,
-        0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
-        HAS_MASK=mask is not None, BLOCK_T=BLOCK_T, WIDEN=WIDEN, **sizes,
-    )  # fmt: skip
+    lse_BGX = torch.empty(B, G, X, dtype=torch.float32, device=query_BGXM.device)
     _merge_parts[(B, G, X)](
-        part_BGSXM, lse_BGSX, projection.ranks, out_BGXM, lse_BGX, X, M, splits,
+        parts.out_BGSXM, parts.lse_BGSX, ranks_GS, out_BGXM, lse_BGX, X, M, splits,
         BLOCK_S=triton.next_power_of_2(splits), BLOCK_M=triton.next_power_of_2(max(M, 1)),
     )  # fmt: skip
     return out_BGXM, lse_BGX
@@ -85,11 +120,7 @@ def _decode_part(
     rank_key, rank_value = tl.load(ranks_ptr + 2 * g), tl.load(ranks_ptr + 2 * g + 1)
     element = query_ptr.dtype.element_ty
     factor = tl.float32 if WIDEN else element
-    # A head's place: address of its first row, elements from a sequence to the next and from a
-    # token to the next.
-    address = tl.load(table_ptr + 3 * g)
-    stride_b, stride_t = tl.load(table_ptr + 3 * g + 1), tl.load(table_ptr + 3 * g + 2)
-    rows_ptr = address.to(tl.pointer_type(element)) + b * stride_b
+    rows_ptr, stride_t = rows_of(table_ptr, b, g, element)
     x = tl.arange(0, BLOCK_X)
     r_key, r_value = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
     is_key, is_value = r_key < rank_key, r_value < rank_value
@@ -110,19 +141,13 @@ def _decode_part(
         is_key_there = is_key[:, None] & is_token[None, :]
         key = tl.load(row_ptr[None, :] + r_key[:, None], mask=is_key_there, other=0.0)
         score = tl.dot(query.to(factor), key.to(factor), input_precision="ieee") * scaling
-        if HAS_MASK:
-            bias = tl.load(mask_ptr + b * mask_stride + t, mask=is_token, other=0.0)
-            score += bias.to(tl.float32)[None, :]
-        # A masked token keeps a finite score: a query that sees nothing must not become NaN.
-        score = tl.where(is_token[None, :], tl.maximum(score, -1e30), -float("inf"))
-        higher = tl.maximum(highest, tl.max(score, 1))
-        fade, weight = tl.exp(highest - higher), tl.exp(score - higher[:, None])
+        weight, fade, highest, total = weigh(
+            score, t, tokens, mask_ptr + b * mask_stride, highest, total, HAS_MASK
+        )
         value_ptr = row_ptr[:, None] + rank_key + r_value[None, :]
         value = tl.load(value_ptr, mask=is_token[:, None] & is_value[None, :], other=0.0)
         more = tl.dot(weight.to(factor), value.to(factor), input_precision="ieee")
         out = out * fade[:, None] + more
-        total = total * fade + tl.sum(weight, 1)
-        highest = higher
     place = (head * splits + s) * X + x
     tl.store(lse_ptr + place, highest + tl.log(total), mask=x < X)
     tl.store(
@@ -130,6 +155,31 @@ def _decode_part(
         out / total[:, None],
         mask=(x[:, None] < X) & is_value[None, :],
     )
+
+
+@triton.jit
+def rows_of(table_ptr, b, g, element: tl.constexpr):
+    """A sequence's first row of a head, and the elements from a token to the next.
+
+    `table_ptr` is of `places`.
+    """
+    address = tl.load(table_ptr + 3 * g)
+    stride_b, stride_t = tl.load(table_ptr + 3 * g + 1), tl.load(table_ptr + 3 * g + 2)
+    return address.to(tl.pointer_type(element)) + b * stride_b, stride_t
+
+
+@triton.jit
+def weigh(score, t, tokens, mask_ptr, highest, total, HAS_MASK: tl.constexpr):
+    """Weights of a block of tokens, what earlier ones fade to, the new highest score and total."""
+    is_token = t < tokens
+    if HAS_MASK:
+        bias = tl.load(mask_ptr + t, mask=is_token, other=0.0)
+        score += bias.to(tl.float32)[None, :]
+    # A masked token keeps a finite score: a query that sees nothing must not become NaN.
+    score = tl.where(is_token[None, :], tl.maximum(score, -1e30), -float("inf"))
+    higher = tl.maximum(highest, tl.max(score, 1))
+    fade, weight = tl.exp(highest - higher), tl.exp(score - higher[:, None])
+    return weight, fade, higher, total * fade + tl.sum(weight, 1)
 
 
 @triton.jit
@@ -158,26 +208,29 @@ def _merge_parts(
     tl.store(out_ptr + (head * X + x) * M + m, out.to(out_ptr.dtype.element_ty), mask=m < M)
 
 
-def _tile(queries: int, projection: LayerProjection) -> dict[str, int]:
-    """Tile sizes: powers of two that hold every head, 16 at least for matrix units."""
-    key, value = projection.highest_ranks
-    sizes = {"BLOCK_X": queries, "BLOCK_KEY": key, "BLOCK_VALUE": value}
-    return {name: max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
+def mask_stride(mask: Tensor | None) -> int:
+    """Elements from a sequence's mask to the next one's; 0 where they share one."""
+    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
 
 
-def _places(rows: Sequence[Tensor]) -> tuple[int, ...]:
+def tile(size: int) -> int:
+    """A power of two that holds `size`, 16 at least for matrix units."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def places(rows: Sequence[Tensor]) -> tuple[int, ...]:
     """Of every head, in sorted order: address of its first row, and two strides in elements."""
-    places: list[int] = []
+    found: list[int] = []
     for rows_BNTC in rows:
         stride_b, stride_n, stride_t, _ = rows_BNTC.stride()
         step = stride_n * rows_BNTC.element_size()
         for n in range(rows_BNTC.shape[1]):
-            places += (rows_BNTC.data_ptr() + n * step, stride_b, stride_t)
-    return tuple(places)
+            found += (rows_BNTC.data_ptr() + n * step, stride_b, stride_t)
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
-def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
+def table(places: tuple[int, ...], device: torch.device) -> Tensor:
     """`places` on the device. They change only when a buffer grows: one copy serves many tokens."""
     return torch.tensor(places, dtype=torch.int64, device=device)
 
