@@ -30,11 +30,12 @@ def ragged_bands(geometry: Geometry, seed: int = 0) -> RankTable:
         shape = geometry.layers[layer]
         for side in SIDES:
             for head in range(shape.kv_heads):
-                bands[layer, side, head] = _bands(rng, shape.head_dim)
+                bands[layer, side, head] = random_bands(rng, shape.head_dim)
     return RankTable.banded(geometry, bands)
 
 
-def _bands(rng: random.Random, dim: int) -> Bands:
+def random_bands(rng: random.Random, dim: int) -> Bands:
+    """Bands of one head's side: of all widths or of one, without codes, or none."""
     kind = rng.choice(["mixed"] * 4 + ["one", "plain", "none"])
     if kind == "none":
         return 0, 0, 0, 0

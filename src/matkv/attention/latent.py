@@ -103,9 +103,9 @@ def _attend_rows(
     """
     projection, rows, queries = latents.projection, latents.rows, query_BHQD.shape[2]
     query_BGXM = per_head(projection.enter(query_BHQD), projection.query).to(rows[0].dtype)
-    decode = _decoder(query_BGXM, rows) if queries == 1 and not dropout else None
+    decode = _decoder(query_BGXM, latents) if queries == 1 and not dropout else None
     if decode is not None:
-        out_BGXM, lse_BGX = _decode(decode, query_BGXM, latents, mask, scaling)
+        out_BGXM, lse_BGX = decode(query_BGXM, rows, projection, mask, scaling)
     else:
         fused = partial(fused, scaling=scaling, dropout=dropout)
         out_BGXM, lse_BGX = _attend_fused(
@@ -115,21 +115,21 @@ def _attend_rows(
     return out_BHQD.to(query_BHQD.dtype), lse_BGX
 
 
-def _decode(
-    decode: Decode, query_BGXM: Tensor, latents: Latents, mask: Tensor | None, scaling: float
+def _decode_stretches(
+    query_BGXM: Tensor,
+    rows: list[Tensor],
+    projection: LayerProjection,
+    mask: Tensor | None,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """One query position; codes are turned into latents a stretch of tokens at a time.
-
-    [BGXM -> BGXM, BGX]
-    """
-    projection, rows = latents.projection, latents.rows
-    tokens, stretch = rows[0].shape[2], _stretch(query_BGXM, latents)
+    """`cpu.decode` of rows whose codes are turned into latents a stretch of tokens at a time."""
+    tokens, stretch = rows[0].shape[2], _stretch(query_BGXM, projection)
     out_BGXM, lse_BGX = None, None
     for first in range(0, tokens, stretch):
         span = slice(first, first + stretch)
         part = rows if stretch >= tokens else [one[:, :, span] for one in rows]
         seen = mask if mask is None else mask[..., span]
-        out, lse = decode(query_BGXM, projection.latents(part), projection, seen, scaling)
+        out, lse = cpu.decode(query_BGXM, projection.latents(part), projection, seen, scaling)
         if out_BGXM is None or lse_BGX is None:
             out_BGXM, lse_BGX = out, lse
         else:
@@ -139,11 +139,8 @@ def _decode(
     return out_BGXM, lse_BGX
 
 
-def _stretch(query_BGXM: Tensor, latents: Latents) -> int:
+def _stretch(query_BGXM: Tensor, projection: LayerProjection) -> int:
     """Tokens whose latents are made from codes at a time: as many as stay in a CPU's caches."""
-    projection, tokens = latents.projection, latents.rows[0].shape[2]
-    if projection.coder is None or query_BGXM.device.type != "cpu":
-        return max(1, tokens)
     widest = max(bucket.row_width for bucket in projection.buckets)
     heads = max(bucket.heads.stop - bucket.heads.start for bucket in projection.buckets)
     numbers: int = query_BGXM.shape[0] * heads * widest
@@ -156,15 +153,19 @@ Decode = Callable[
 Fused = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _decoder(query_BGXM: Tensor, rows: list[Tensor]) -> Decode | None:
+def _decoder(query_BGXM: Tensor, latents: Latents) -> Decode | None:
     """The device's fast path for one query position; none where gradients flow."""
-    if flows(query_BGXM, *rows):
+    if flows(query_BGXM, *latents.rows):
         return None
+    has_codes = latents.projection.coder is not None
     if query_BGXM.device.type == "cuda":
-        from matkv.attention.kernels import gpu  # triton comes with torch where there is CUDA
+        # triton comes with torch where there is CUDA
+        from matkv.attention.kernels import gpu, gpu_codes
 
-        return gpu.decode
-    return cpu.decode if query_BGXM.device.type == "cpu" else None
+        return gpu_codes.decode if has_codes else gpu.decode
+    if query_BGXM.device.type != "cpu":
+        return None
+    return _decode_stretches if has_codes else cpu.decode
 
 
 def _attend_fused(

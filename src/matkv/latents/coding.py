@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from matkv.bases.maps import Maps
-from matkv.bases.quantizer import Quantizer, coded, gain_codes, gains, levels_of
-from matkv.codes import CODED, WIDTHS, Bands, code_bytes, has_codes, widths_of
+from matkv.bases.quantizer import (
+    GAIN_STEPS,
+    GAIN_ZERO,
+    Quantizer,
+    coded,
+    gain_codes,
+    gains,
+    levels_of,
+)
+from matkv.codes import CODED, GAIN_BYTES, WIDTHS, Bands, code_bytes, has_codes, widths_of
 from matkv.latents.packing import pack, packed_size, unpack_into
 from matkv.ranks import LayerBands
 
@@ -63,8 +71,12 @@ class Coder(nn.Module):
 
     A bucket's heads have the same bands. Its rows are two tensors: [B N T P], the columns without
     codes, keys' and then values', and [B N T Y] of bytes: the gains of key and of value, where
-    these have codes, then the bands of the key and those of the value.
+    these have codes, then the bands of the key and those of the value. `layout` says where, for
+    kernels: see `row_layout`, of every head in turn.
     """
+
+    # A gain is two to the power of its byte less the first, over the second.
+    gain_scale = GAIN_ZERO, GAIN_STEPS
 
     encode: Tensor
     scale: Tensor
@@ -82,6 +94,7 @@ class Coder(nn.Module):
             scales.append(scale_GD)
             steps.append(coding.steps())
         self.bands = list(zip(key_coding.bands, value_coding.bands, strict=True))
+        self.layout = tuple(side for pair in self.bands for side in row_layout(pair))
         self.head_dim = D
         self.register_buffer("encode", encode_GFF, persistent=False)
         self.register_buffer("scale", torch.cat(scales, dim=1), persistent=False)
@@ -162,6 +175,22 @@ class Coder(nn.Module):
 def row_sizes(bands: tuple[Bands, Bands]) -> tuple[int, int]:
     """P and Y of heads with these bands of key and value."""
     return sum(one[0] for one in bands), sum(map(code_bytes, bands))
+
+
+def row_layout(bands: tuple[Bands, Bands]) -> list[tuple[int, ...]]:
+    """Where a row has its key and its value, seven numbers each.
+
+    The first of the columns without codes and their number; the byte of the gain, -1 where there is
+    none, and the first byte of the bands; how many columns have 8, 4 and 2 bits.
+    """
+    column, gain, byte = 0, 0, GAIN_BYTES * sum(map(has_codes, bands))
+    sides = []
+    for one in bands:
+        gain_bytes = GAIN_BYTES * has_codes(one)
+        sides.append((column, one[0], gain if gain_bytes else -1, byte, *one[1:]))
+        column, gain = column + one[0], gain + gain_bytes
+        byte += code_bytes(one) - gain_bytes
+    return sides
 
 
 def _spans(bands: Bands) -> list[tuple[int, slice]]:
