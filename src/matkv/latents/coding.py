@@ -184,7 +184,7 @@ def row_layout(bands: tuple[Bands, Bands]) -> list[tuple[int, ...]]:
     none, and the first byte of the bands; how many columns have 8, 4 and 2 bits.
     """
     column, gain, byte = 0, 0, GAIN_BYTES * sum(map(has_codes, bands))
-    sides = []
+    sides: list[tuple[int, ...]] = []
     for one in bands:
         gain_bytes = GAIN_BYTES * has_codes(one)
         sides.append((column, one[0], gain if gain_bytes else -1, byte, *one[1:]))

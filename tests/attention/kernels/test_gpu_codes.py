@@ -73,15 +73,14 @@ def layer(bands: tuple[LayerBands, LayerBands], batch: int, length: int, **optio
 
 
 @every_mix
-@pytest.mark.parametrize("group", [1, 3, 4])
-@pytest.mark.parametrize("length", [1, 64, 131])
+@pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 64), (4, 131), (1, 131)])
 def test_codes_equal_explicit_scores(
     gpu_codes: Any, bands: tuple[LayerBands, LayerBands], group: int, length: int
 ) -> None:
     check(gpu_codes.decode, layer(bands, 2, length), queries(2, group))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_bands_equal_explicit_scores(gpu_codes: Any, seed: int) -> None:
     rng = random.Random(seed)
     key, value = (tuple(random_bands(rng, D) for _ in range(G)) for _ in range(2))

@@ -78,7 +78,10 @@ class Parts:
 
 
 def divided(query_BGXM: Tensor, tokens: int, splits: int | None) -> Parts:
-    """Room for `splits` parts of the context, by default as many as keep the device busy."""
+    """Room for `splits` parts of the context, by default as many as keep the device busy.
+
+    Parts are of whole blocks of `BLOCK_T`.
+    """
     B, G, X, M = query_BGXM.shape
     device = query_BGXM.device
     blocks = triton.cdiv(tokens, BLOCK_T)

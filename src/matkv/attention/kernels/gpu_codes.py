@@ -20,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from matkv.attention.kernels import gpu
-from matkv.attention.kernels.gpu import BLOCK_T, WIDEN, rows_of, tile, weigh
+from matkv.attention.kernels.gpu import WIDEN, rows_of, tile, weigh
 from matkv.latents.layer import LayerProjection
 
-# Codes take more registers than numbers; with half of them to a thread none are spilled.
-WARPS = 8
+# Unpacking takes registers: with more numbers to a thread than this makes, the compiler spills some
+# (for compute capability 9.0, heads of 128 columns).
+BLOCK_T, WARPS = 32, 8
 
 
 def decode(
@@ -76,6 +77,7 @@ def _decode_part(
     factor = tl.float32 if WIDEN else element
     rows_ptr, stride_numbers = rows_of(numbers_ptr, b, g, element)
     bytes_ptr, stride_bytes = rows_of(packed_ptr, b, g, tl.uint8)
+    # Of a head's key and value seven numbers each: see `row_layout`.
     key_ptr, value_ptr = layout_ptr + 14 * g, layout_ptr + 14 * g + 7
     key_end, key_gain = tl.load(key_ptr + 1), tl.load(key_ptr + 2)
     value_first, value_end = tl.load(value_ptr), tl.load(value_ptr + 1)
