@@ -73,9 +73,8 @@ def _decode_part(
     """As in gpu.py one part of one head's context; numbers and codes of a side are two tiles."""
     b, g, s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head, splits = b * tl.num_programs(1) + g, tl.num_programs(2)
-    element = query_ptr.dtype.element_ty
-    factor = tl.float32 if WIDEN else element
-    rows_ptr, stride_numbers = rows_of(numbers_ptr, b, g, element)
+    factor = tl.float32 if WIDEN else query_ptr.dtype.element_ty
+    rows_ptr, stride_numbers = rows_of(numbers_ptr, b, g, query_ptr.dtype.element_ty)
     bytes_ptr, stride_bytes = rows_of(packed_ptr, b, g, tl.uint8)
     # Of a head's key and value seven numbers each: see `row_layout`.
     key_ptr, value_ptr = layout_ptr + 14 * g, layout_ptr + 14 * g + 7
