@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --dry-run              tiny shapes on the CPU, in Triton's interpreter
 
 In this order, so that a run cut short has what matters most: what the card can do at best; the
-decode kernel against attention in double precision, for every mix of ranks and dtype; one layer's
+decode kernels against attention in double precision, for mixes of ranks and of codes; one layer's
 decode attention against full-width kernels, with the share of the measured bandwidth that it
 reaches; a 7B decoder with random weights, tokens a second at every batch that fits, and a step in a
 CUDA graph. A part that fails is a row with its error, and the next one goes on. Cells that exceed
@@ -41,18 +41,20 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 import matkv
 from matkv.attention import latent
-from matkv.attention.kernels import gpu
+from matkv.attention.kernels import gpu, gpu_codes
 from matkv.attention.latent import attend
 from matkv.bases.maps import Maps
+from matkv.bases.quantizer import fit
 from matkv.benchmark.attention import ragged_ranks
 from matkv.benchmark.decode import random_model
 from matkv.benchmark.timing import Spread, take_turns
 from matkv.cache import LatentCache, LatentLayer, StaticLatentCache, storage_nbytes
 from matkv.cache.naming import cache_argument
 from matkv.files import replacing
+from matkv.latents.coding import SideCoding
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
-from matkv.ranks import LayerRanks
+from matkv.ranks import LayerBands, LayerRanks
 
 Row = dict[str, Any]
 SCALING = 0.1
@@ -64,6 +66,13 @@ MIXES: dict[str, tuple[LayerRanks, LayerRanks]] = {
     "odd": ((3, 77, 1, 40), (5, 33, 127, 1)),
     "ragged, one width": ((16, 48, 80, 112), (112, 80, 48, 16)),
     "zero": ((0, 128, 0, 40), (72, 0, 0, 128)),
+}
+CODED: dict[str, tuple[LayerBands, LayerBands]] = {
+    "codes": (((0, 16, 32, 32),) * 4, ((0, 8, 48, 64),) * 4),
+    "odd codes": (
+        ((3, 21, 45, 7), (0, 2, 33, 1), (1, 0, 7, 120), (128, 0, 0, 0)),
+        ((1, 2, 22, 79), (0, 0, 0, 0), (0, 128, 0, 0), (2, 7, 1, 0)),
+    ),
 }
 # How far the result may be from double precision, relative to its norm.
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -147,12 +156,12 @@ def ceilings(plan: Plan) -> Iterator[Row]:
 
 @torch.inference_mode()
 def exactness(plan: Plan) -> Iterator[Row]:
-    """The kernel against attention in double precision on keys and values of the same ranks."""
-    for name, ranks in MIXES.items():
+    """The kernels against attention in double precision on keys and values of the same ranks."""
+    for name in (*MIXES, *CODED):
         for dtype in plan.dtypes:
             for length in plan.exact_lengths:
                 for starts in (None, (0, length // 2)):
-                    error = _error(plan, ranks, dtype, length, starts)
+                    error = _error(plan, name, dtype, length, starts)
                     yield {
                         "ranks": name,
                         "dtype": str(dtype).removeprefix("torch."),
@@ -164,11 +173,7 @@ def exactness(plan: Plan) -> Iterator[Row]:
 
 
 def _error(
-    plan: Plan,
-    ranks: tuple[LayerRanks, LayerRanks],
-    dtype: torch.dtype,
-    length: int,
-    starts: tuple[int, int] | None,
+    plan: Plan, name: str, dtype: torch.dtype, length: int, starts: tuple[int, int] | None
 ) -> float:
     """‖out − reference‖ / ‖reference‖ of two sequences, three query heads a KV head."""
     generator = torch.Generator().manual_seed(length)
@@ -178,20 +183,51 @@ def _error(
     mask = None
     if starts is not None:
         mask = torch.arange(length) >= torch.tensor(starts)[:, None, None, None]
-    projection = LayerProjection(key_maps, value_maps, *ranks).to(plan.device, dtype)
+    projection = _projection(name, key_maps, value_maps, generator).to(plan.device, dtype)
     latents, _ = LatentLayer(projection).update(key.to(plan.device), value.to(plan.device))
     on_device = None if mask is None else mask.to(plan.device)
-    with patch.object(latent, "_decoder", lambda *_: gpu.decode):
+    decode = gpu_codes.decode if name in CODED else gpu.decode
+    with patch.object(latent, "_decoder", lambda *_: decode):
         out = attend(latents, query.to(plan.device), on_device, scaling=SCALING).cpu().double()
-    truncated = [
-        _truncated(x.double(), maps.encode_XDD.double(), own)
-        for x, maps, own in zip((key, value), (key_maps, value_maps), ranks, strict=True)
-    ]
-    key_BHTD, value_BHTD = (x.repeat_interleave(3, dim=1) for x in truncated)
+    if name in CODED:
+        kept = _rebuilt(latents)
+    else:
+        kept = [
+            _truncated(x.double(), maps.encode_XDD.double(), own)
+            for x, maps, own in zip((key, value), (key_maps, value_maps), MIXES[name], strict=True)
+        ]
+    key_BHTD, value_BHTD = (x.repeat_interleave(3, dim=1) for x in kept)
     reference = F.scaled_dot_product_attention(
         query.double(), key_BHTD, value_BHTD, attn_mask=mask, scale=SCALING
     )
     return float((out - reference).norm() / reference.norm().clamp_min(1e-9))
+
+
+def _projection(name: str, key: Maps, value: Maps, generator: torch.Generator) -> LayerProjection:
+    """Of one mix of ranks, or of codes with steps fitted to other random states."""
+    if name in MIXES:
+        return LayerProjection(key, value, *MIXES[name])
+    bands = CODED[name]
+    states = torch.randn(2, 4, 500, 128, generator=generator)
+    key_coding, value_coding = (
+        SideCoding(own, fit(x_GND)) for own, x_GND in zip(bands, states, strict=True)
+    )
+    key_ranks, value_ranks = (tuple(map(sum, own)) for own in bands)
+    return LayerProjection(key, value, key_ranks, value_ranks, coding=(key_coding, value_coding))
+
+
+def _rebuilt(latents: Latents) -> list[Tensor]:
+    """Keys and values that rows of codes stand for, unpacked by torch.  [BGTD]"""
+    projection = latents.projection
+    rows = [part if part.dtype == torch.uint8 else part.float() for part in latents.rows]
+    keys, values = [], []
+    for bucket, rows_BNTC in zip(projection.buckets, projection.latents(rows), strict=True):
+        width, z_BNTC = bucket.width, rows_BNTC.double()
+        enter_NDM = projection.query[bucket.heads, :, :width].double()
+        leave_NMD = projection.output[bucket.heads, projection.width - width :].double()
+        keys.append(z_BNTC[..., :width] @ enter_NDM.mT)
+        values.append(z_BNTC[..., bucket.row_width - width :] @ leave_NMD)
+    return [projection.unsort(torch.cat(side, dim=1)).cpu() for side in (keys, values)]
 
 
 def _truncated(x_BGTD: Tensor, basis_GDD: Tensor, ranks: LayerRanks) -> Tensor:
