@@ -22,6 +22,11 @@ class Coded(Tiny):
         return ragged_bands(self.geometry, seed)
 
 
+def room(subject: Tiny, tolerance: float) -> float:
+    """What rounding may change: with codes a coordinate may fall to the other side of an edge."""
+    return 0.02 if isinstance(subject, Coded) else tolerance
+
+
 def ragged_bands(geometry: Geometry, seed: int = 0) -> RankTable:
     """Bands of every kind, odd counts, plain heads and empty ones among them."""
     rng = random.Random(seed)

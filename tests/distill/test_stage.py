@@ -87,7 +87,7 @@ def test_adaptive_rungs_are_the_stored_tables_and_stay(llama: Tiny) -> None:
     assert made.history[-1]["schedule"]["rungs"] == [list(sizes_of(llama.ragged()))]
     settings["adaptive"] = False
     assert not distill(llama.model, artifact, text(), quick(**settings)).tables
-    with pytest.raises(TrainingError, match=r"no rank table for budgets 0\.25: run matkv allocate"):
+    with pytest.raises(TrainingError, match=r"no table for budgets 0\.25: run matkv allocate"):
         distill(llama.model, artifact, text(), quick(**settings | RUNGS))
 
 

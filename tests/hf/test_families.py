@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import matkv
-from coded import Coded, coded
+from coded import Coded, coded, room
 from matkv.cache.layer import LatentLayer
 from matkv.errors import CacheError
 from tiny import (
@@ -101,7 +101,8 @@ def test_a_padded_batch_equals_each_sequence_alone(family: Tiny, sink: int, rece
     batch = stepwise(model, ids, (9, 4), mask_BT=mask)
     for row, prompt in enumerate(PROMPTS):
         alone = model(prompt, use_cache=False).logits
-        assert largest_difference(batch[row : row + 1, -prompt.shape[1] :], alone) < TOLERANCE
+        found = batch[row : row + 1, -prompt.shape[1] :]
+        assert largest_difference(found, alone) < room(family, TOLERANCE)
 
 
 @pytest.mark.parametrize(("sink", "recent"), [(0, 0), (3, 5)])
@@ -255,9 +256,11 @@ def test_autocast_stays_close(family: Tiny, sink: int, recent: int) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         noise = largest_difference(family.model(ids).logits, exact_full)
     model = family.attach(ranks=family.ragged(8), sink=sink, recent=recent)
-    exact = model(ids).logits
+    exact, most = model(ids).logits, 3 * noise
+    if isinstance(family, Coded):  # see `test_half_precision_stays_close`
+        most = max(most, largest_difference(exact_full, exact))
     with torch.autocast("cpu", torch.bfloat16):
-        assert largest_difference(stepwise(model, ids, (5, 3)), exact) < 3 * noise
+        assert largest_difference(stepwise(model, ids, (5, 3)), exact) < most
 
 
 def test_codes_pass_no_gradient_on_and_say_so() -> None:

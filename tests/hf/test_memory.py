@@ -65,6 +65,7 @@ def test_searches_that_are_too_wide_are_refused(
 ) -> None:
     monkeypatch.setattr(memory, "memory_of", lambda device: 10**8)
     sizes: dict[str, Any] = {"search_tokens": 40_000, "held_out_tokens": 48, "expansions": 1}
+    sizes["codes"] = (16,)
     config = AllocateConfig(method=method, **sizes, **settings)
     with pytest.raises(MatkvError, match=named):
         allocate(llama.model, llama.artifact, repeat(tokens(400, 100)), config)
