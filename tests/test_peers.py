@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -517,3 +518,11 @@ def test_quantized_cache_takes_the_options_that_are_given() -> None:
 
     known = set(inspect.signature(QuantizedCache.__init__).parameters)
     assert all(set(options) <= known for options in quantized.SETTINGS.values())
+
+
+def test_what_runs_in_a_peers_environment_needs_no_matkv() -> None:
+    """Its modules are imported by a Python that has transformers and the peer, and not matkv."""
+    folder = Path(environments.__file__).parent
+    for name in ("protocol", "child", "quantized", "presses", "shrink"):
+        source = (folder / f"{name}.py").read_text(encoding="utf-8")
+        assert not re.search(r"(?m)^\s*(from|import) matkv", source), name

@@ -23,6 +23,7 @@ Shapes: B batch (1), N windows, T token, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
@@ -38,9 +39,18 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-from matkv.cache.naming import cache_argument
-
 Row = dict[str, Any]
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` as a keyword of the model's forward pass, whose name changed in transformers 5.24.
+
+    The environments of peers do not have matkv, which knows more of this.
+    """
+    if cache is None:
+        return {}
+    named = "cache" in inspect.signature(type(model).forward).parameters
+    return {"cache" if named else "past_key_values": cache}
 
 
 @dataclass(frozen=True, kw_only=True)
