@@ -109,6 +109,8 @@ class LayerProjection(nn.Module):
             "ranks": torch.tensor(pairs, dtype=torch.int32),
             **_row_maps(key, value, pairs),
         }
+        if self.coder is not None:  # which has maps of its own
+            tensors["encode_rows"] = tensors["encode_rows"].new_zeros(heads, 0, 0)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -242,9 +244,9 @@ def projections_nbytes(table: RankTable, dtype: torch.dtype) -> int:
         shape = table.geometry.layers[layer]
         C, M = _widths(list(zip(table.key[layer], table.value[layer], strict=True)))
         # A head has maps [2D C], [D M] and [M D]; its order and place take 8 bytes, its ranks 4.
-        maps = shape.head_dim * (2 * C + 2 * M) * dtype.itemsize
-        if table.is_coded(layer):  # [2D 2D], and [2D] each of scales and steps
-            maps += 2 * shape.head_dim * (2 * shape.head_dim + 2) * dtype.itemsize
+        # Where there are codes, the first is [2D 2D], and scales and steps take [2D] each.
+        rows = 2 * shape.head_dim + 2 if table.is_coded(layer) else C
+        maps = shape.head_dim * (2 * rows + 2 * M) * dtype.itemsize
         total += shape.kv_heads * (maps + 2 * 8 + 2 * 4)
     return total
 
