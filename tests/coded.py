@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+import matkv
 from matkv.allocate.noise import with_quantizers
 from matkv.codes import WIDTHS, Bands
 from matkv.hf.observe import fit_quantizers
@@ -68,3 +70,14 @@ def coded(name: str) -> Coded:
     sequences = [{"input_ids": tokens(1, 48, seed=seed)[0]} for seed in range(4)]
     fitted = fit_quantizers(subject.model, maps, sequences)
     return Coded(subject.model, with_quantizers(artifact, fitted))
+
+
+KINDS: dict[str, Callable[[str], Tiny]] = {"ranks": tiny, "codes": coded}
+
+
+def lent(kind: str, name: str) -> Iterator[Tiny]:
+    """A tiny model for a fixture, handed back detached and able to learn."""
+    subject = KINDS[kind](name)
+    yield subject
+    matkv.detach(subject.model)
+    subject.model.requires_grad_(True)

@@ -15,8 +15,9 @@ from matkv.allocate.noise import measure_noise
 from matkv.allocate.rounds import gated_projections
 from matkv.errors import BudgetError
 from matkv.hf.handlers import truncating
+from matkv.ranks import SIDES
 from searches import BATCHES, measured, text_of
-from tiny import Tiny, tokens
+from tiny import Tiny, left_padded, tokens
 
 SIZES: dict[str, Any] = {"search_tokens": 96, "held_out_tokens": 48}
 
@@ -30,6 +31,19 @@ def test_damage_foretells_the_divergence_of_noise(llama: Tiny) -> None:
     table = matkv.RankTable.banded(llama.geometry, bands)
     foretold = float(torch.stack([one[:, 2].sum() for one in damage.values()]).sum())
     assert measured(subject, text, table) == pytest.approx(foretold, rel=0.5)
+
+
+def test_padding_counts_for_nothing(llama: Tiny) -> None:
+    ids, mask = left_padded([tokens(1, 24, seed=1), tokens(1, 15, seed=2)])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    alone = [tokens(1, 24, seed=1), tokens(1, 15, seed=2)]
+    subject = replace(llama.artifact, sink=2)
+    padded, _ = measure_noise(llama.model, subject, [text_of(llama, [batch])], seed=1)
+    plain, _ = measure_noise(llama.model, subject, [text_of(llama, alone)], seed=1)
+    for layer in llama.geometry.growing:
+        for side in SIDES:
+            one, other = padded.quantizer(layer, side), plain.quantizer(layer, side)
+            torch.testing.assert_close(one.scale_GD, other.scale_GD, rtol=1e-4, atol=1e-6)
 
 
 def test_tables_by_budget_beat_ranks_and_are_verified(llama: Tiny) -> None:

@@ -6,28 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-import matkv
-from coded import coded
-from tiny import FAMILIES, RELATED, Tiny, tiny
-
-KINDS = {"ranks": tiny, "codes": coded}
-
-
-def _lent(kind: str, name: str) -> Iterator[Tiny]:
-    subject = KINDS[kind](name)
-    yield subject
-    matkv.detach(subject.model)
-    subject.model.requires_grad_(True)
+from coded import KINDS, lent
+from tiny import FAMILIES, RELATED, Tiny
 
 
 @pytest.fixture(params=KINDS)
 def llama(request: pytest.FixtureRequest) -> Iterator[Tiny]:
-    yield from _lent(request.param, "llama")
+    yield from lent(request.param, "llama")
 
 
 @pytest.fixture(params=KINDS)
 def gemma3(request: pytest.FixtureRequest) -> Iterator[Tiny]:
-    yield from _lent(request.param, "gemma3")
+    yield from lent(request.param, "gemma3")
 
 
 @pytest.fixture(
@@ -35,4 +25,4 @@ def gemma3(request: pytest.FixtureRequest) -> Iterator[Tiny]:
     ids="-".join,
 )
 def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
-    yield from _lent(*request.param)
+    yield from lent(*request.param)

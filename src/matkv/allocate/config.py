@@ -140,13 +140,15 @@ class AllocateConfig:
     )
     expansions: Annotated[int, Field(gt=0, le=1024)] = Field(
         default=36,
-        description="fisher: points on the way from 100% to 12.5%, in equal relative steps",
+        description="fisher: points from 100% to 12.5%, in equal relative steps; with codes texts to "
+        "read, 8 at most",
     )
     samples: Few = Field(
-        default=1, description="fisher: label sequences drawn for a sequence of text"
+        default=1, description="fisher, ranks alone: label sequences drawn for a sequence of text"
     )
     blend: bool = Field(
-        default=True, description="fisher: draw the tables towards equal ranks where that is better"
+        default=True,
+        description="fisher, ranks alone: draw the tables towards equal ranks where that is better",
     )
     drops: Few = Field(default=1, description="greedy: drops a round; the paper takes one")
     batched: Few = Field(default=1, description="greedy: tables that go through the model together")

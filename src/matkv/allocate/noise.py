@@ -25,27 +25,33 @@ FITTED = 4096
 
 
 class Trace:
-    """One side of one layer: latents of some tokens, and summed squares of gradients by them."""
+    """One side of one layer: latents of some tokens, and summed squares of gradients by them.
 
-    def __init__(self, encode_GDD: Tensor, decode_GDD: Tensor, sink: int) -> None:
-        self.encode_GDD, self.decode_GDD, self.sink = encode_GDD, decode_GDD, sink
+    `kept_BT` says which tokens of the batch under way count: no padding, and none that stays exact.
+    """
+
+    kept_BT: Tensor
+
+    def __init__(self, encode_GDD: Tensor, decode_GDD: Tensor) -> None:
+        self.encode_GDD, self.decode_GDD = encode_GDD, decode_GDD
         self.latents: list[Tensor] = []
-        self.kept = 0
+        self.seen = 0
         self.squares_GD = torch.zeros(encode_GDD.shape[:2])
 
     def see(self, x_BGTD: Tensor) -> None:
         """Keep the latents of a batch, of the first `FITTED` tokens in all."""
-        if self.kept >= FITTED:
+        if self.seen >= FITTED:
             return
-        z_GBTD = (x_BGTD.float() @ self.encode_GDD).transpose(0, 1)[:, :, self.sink :]
-        z_GND = z_GBTD.flatten(1, 2)[:, : FITTED - self.kept].cpu()
+        z_GBTD = (x_BGTD.float() @ self.encode_GDD).transpose(0, 1)
+        z_GND = z_GBTD[:, self.kept_BT][:, : FITTED - self.seen].cpu()
         self.latents.append(z_GND)
-        self.kept += z_GND.shape[1]
+        self.seen += z_GND.shape[1]
 
     def add(self, grad_BGTD: Tensor) -> None:
         """Add a batch's gradients by the states."""
         by_latent_BGTD = grad_BGTD.float() @ self.decode_GDD
-        self.squares_GD += by_latent_BGTD[:, :, self.sink :].square().sum((0, 2)).cpu()
+        squares_BGTD = by_latent_BGTD.square() * self.kept_BT[:, None, :, None]
+        self.squares_GD += squares_BGTD.sum((0, 2)).cpu()
 
 
 def measure_noise(
@@ -65,7 +71,7 @@ def measure_noise(
     for layer in artifact.geometry.growing:
         for side in SIDES:
             maps = artifact.maps(layer, side).changed(lambda x: x.to(model.device))
-            traces[layer, side] = Trace(maps.encode_XDD, maps.decode_XDD, artifact.sink)
+            traces[layer, side] = Trace(maps.encode_XDD, maps.decode_XDD)
     report, tokens = Report(on_progress, "measuring", len(texts), "texts"), 0
     handlers = {
         layer: Traced(traces[layer, "key"], traces[layer, "value"])
@@ -74,6 +80,9 @@ def measure_noise(
     with tracing(model, handlers), frozen(model):
         for done, text in enumerate(texts, 1):
             for piece in text.pieces:
+                real_BT = piece.batch.real.bool()
+                for trace in traces.values():
+                    trace.kept_BT = real_BT & (real_BT.cumsum(-1) > artifact.sink)
                 logits_BTV = model(**piece.batch.inputs(), use_cache=False).logits
                 generator = torch.Generator(model.device)
                 generator.manual_seed(seed + done * 1_000_003 + piece.first)

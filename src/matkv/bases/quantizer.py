@@ -76,7 +76,7 @@ def coded(y: Tensor, step: Tensor | float, width: int) -> Tensor:
 def requantized(quantizer: Quantizer, z_BGTD: Tensor, width_XGD: Tensor) -> Tensor:
     """Latents after a trip through codes of some widths, [GD] or one table a sequence [BGD].
 
-    A column of width 16 stays as it is, one of width 0 becomes its mean. Gradients pass by the
+    A column of width 16 stays as it is, one of width 0 becomes zero. Gradients pass by the
     rounding as if it were not there.
     """
     width_XG1D = width_XGD[..., :, None, :]
