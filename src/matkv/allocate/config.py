@@ -140,8 +140,8 @@ class AllocateConfig:
     )
     expansions: Annotated[int, Field(gt=0, le=1024)] = Field(
         default=36,
-        description="fisher: points from 100% to 12.5%, in equal relative steps; with codes texts to "
-        "read, 8 at most",
+        description="fisher: points from 100% to 12.5%, in equal relative steps; with codes texts "
+        "to read, 8 at most",
     )
     samples: Few = Field(
         default=1, description="fisher, ranks alone: label sequences drawn for a sequence of text"
