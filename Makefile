@@ -52,7 +52,7 @@ test-latest:
 	$(VENV_LATEST)/bin/python -m pytest
 
 test-slow: $(VENV)/.stamp
-	$(VENV)/bin/python -m pytest -m "not gpu and not network"
+	$(VENV)/bin/python -m pytest -m "not gpu and not network and not vllm"
 
 test-report: $(VENV)/.stamp
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt -e '.[browser]'

@@ -26,7 +26,7 @@ WINGS = (
         "data",
         "models",
     ),
-    *("bases", "latents", "artifact", "attention", "cache", "hf"),
+    *("bases", "latents", "artifact", "attention", "cache", "hf", "vllm"),
     *("calibrate", "distill", "allocate", "evaluate", "benchmark", "plan", "embeddings", "report"),
     *("commands", "cli"),
 )

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "Make one page, and pictures, of all that was measured of artifacts.",
     "generate": "Answer a prompt with a compressed cache.",
     "chat": "Talk with the model; the compressed cache is kept from turn to turn.",
+    "serve": "Serve an artifact over HTTP by vLLM, all other options passed on.",
     "inspect": "Show what an artifact holds: its base model, how it was made, and its rank tables.",
     "embed": "Embedding models whose first layers and dimensions are good smaller models.",
     "doctor": "Say what this machine has: versions, device, dtype and why, threads and speed.",

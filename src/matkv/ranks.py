@@ -7,7 +7,7 @@ width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` count
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -185,6 +185,11 @@ class RankTable:
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one more token of one sequence adds to the cache."""
         return self._row_bytes(dtype.itemsize)
+
+    def heads_bytes(self, layer: int, heads: Iterable[int], dtype: torch.dtype) -> int:
+        """Bytes of one token of some heads of a layer, keys and values."""
+        sides = [self.bands(layer, side) for side in SIDES]
+        return sum(row_bytes(bands[head], dtype.itemsize) for head in heads for bands in sides)
 
     def nbytes(
         self, tokens: int, dtype: torch.dtype, *, batch: int = 1, sink: int = 0, recent: int = 0

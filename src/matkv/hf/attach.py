@@ -24,8 +24,8 @@ from matkv.hf.handlers import OnLatents
 from matkv.hf.merge import Merged, merge
 from matkv.hf.weights import fingerprint
 from matkv.hf.wrappers import decoder_of, device_of, model_in
-from matkv.latents.coding import SideCoding
-from matkv.ranks import SIDES, RankTable
+from matkv.latents.coding import layer_coding
+from matkv.ranks import RankTable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,7 +102,7 @@ def _switch(model: PreTrainedModel, attachment: Attachment, *, sink: int, recent
             sink=sink,
             recent=recent,
             source=source,
-            coding=_coding(artifact, table, layer),
+            coding=layer_coding(table, layer, artifact.quantizer),
         )
         handler.to(device_of(modules[layer]), model.dtype).requires_grad_(False)
         setattr(modules[layer], NAME, handler)
@@ -112,18 +112,6 @@ def _switch(model: PreTrainedModel, attachment: Attachment, *, sink: int, recent
         decoder.register_forward_hook(check_caches),
     ]
     model.__dict__[PREPARE] = PrepareGeneration(model)
-
-
-def _coding(
-    artifact: Artifact, table: RankTable, layer: int
-) -> tuple[SideCoding, SideCoding] | None:
-    """The codes of a layer's keys and values; None where the table keeps none."""
-    if not table.is_coded(layer):
-        return None
-    key, value = (
-        SideCoding(table.bands(layer, side), artifact.quantizer(layer, side)) for side in SIDES
-    )
-    return key, value
 
 
 def detach(model: Model) -> Model:

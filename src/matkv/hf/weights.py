@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from matkv.artifact.fingerprint import picks, rounded
 from matkv.errors import UnsupportedModelError
 from matkv.hf.geometry import attention_modules
 from matkv.hf.wrappers import device_of, model_in
 
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
-SAMPLES = 8  # weights of every attention module that make up a fingerprint
 BLOCK = 1024  # unit vectors at a time
 
 
@@ -83,7 +83,7 @@ def fingerprint(model: nn.Module) -> tuple[float, ...]:
     model = model_in(model)
     samples: list[float] = []
     for module in attention_modules(model):
-        samples += [round(sample, 7) for sample in _samples(module, model.dtype).tolist()]
+        samples += rounded(_samples(module, model.dtype))
     return tuple(samples)
 
 
@@ -94,12 +94,12 @@ def _samples(module: nn.Module, dtype: torch.dtype) -> Tensor:
         flat = _own_weight(part)
         if flat is None or flat.device.type == "meta":
             raise UnsupportedModelError(f"the weights of {type(part).__name__} are not loaded")
-        picks_P = torch.linspace(0, flat.numel() - 1, SAMPLES).long()
+        picks_P = picks(flat.numel())
         return flat.detach().flatten()[picks_P.to(flat.device)].float().cpu()
     M, X = int(part.out_features), int(part.in_features)  # type: ignore[arg-type]
-    picks_P = torch.linspace(0, M * X - 1, SAMPLES).long()
+    picks_P = picks(M * X)
     columns_MP = _columns(part, picks_P % X, dtype).float().cpu()
-    return columns_MP[picks_P // X, torch.arange(SAMPLES)]
+    return columns_MP[picks_P // X, torch.arange(len(picks_P))]
 
 
 def _own_weight(part: nn.Module) -> Tensor | None:

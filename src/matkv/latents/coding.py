@@ -6,6 +6,7 @@ S side, P columns in the model's dtype, Y bytes, C row columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,7 +25,7 @@ from matkv.bases.quantizer import (
 )
 from matkv.codes import CODED, GAIN_BYTES, WIDTHS, Bands, code_bytes, has_codes, widths_of
 from matkv.latents.packing import pack, packed_size, unpack_into
-from matkv.ranks import LayerBands
+from matkv.ranks import SIDES, LayerBands, RankTable, Side
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,16 @@ class SideCoding:
     def units(self) -> Tensor:
         """What one step of every column, or its number, is worth.  [GD]"""
         return self.steps() * self.quantizer.scale_GD
+
+
+def layer_coding(
+    table: RankTable, layer: int, quantizer: Callable[[int, Side], Quantizer]
+) -> tuple[SideCoding, SideCoding] | None:
+    """The codes of a layer's keys and values; None where the table keeps none."""
+    if not table.is_coded(layer):
+        return None
+    key, value = (SideCoding(table.bands(layer, side), quantizer(layer, side)) for side in SIDES)
+    return key, value
 
 
 class Coder(nn.Module):

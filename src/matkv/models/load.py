@@ -46,7 +46,7 @@ def load_model(
         raise ModelError(f"no model is named: a model is {KINDS}")
     target = as_device(device)
     wanted = dtype if dtype == "auto" else as_dtype(dtype)
-    source = _source(str(name))
+    source = model_source(str(name))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": only_fetched(source)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -69,7 +69,7 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     """
     path = Path(name)
     packed = path.suffix == ".gguf" and path.is_file()
-    source = str(path.parent) if packed else _source(str(name))
+    source = str(path.parent) if packed else model_source(str(name))
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
         "local_files_only": only_fetched(source),
@@ -115,8 +115,12 @@ def _load(
     return load(chosen)
 
 
-def _source(name: str) -> str:
-    """What transformers loads: the directory of a converted file, or the name itself."""
+def model_source(name: str) -> str:
+    """What transformers loads: the directory of a converted file, or the name itself.
+
+    Raises:
+        ModelError: there is no such file, or it cannot be converted.
+    """
     if name == DEFAULT_MODEL:
         return str(default_model_dir())
     if name.endswith(".gguf"):

@@ -1,0 +1,107 @@
+"""`matkv serve`: the command it runs, what it says fits, and what it refuses first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bad_values import assert_refused
+from matkv.artifact.artifact import Artifact
+from matkv.commands import serve
+from matkv.ranks import RankTable
+from program import Program
+from tiny import build, save_model
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would have been run in this process's place, on a machine with vLLM."""
+    commands: list[list[str]] = []
+
+    def execute(program: str, command: list[str]) -> None:
+        assert program == sys.executable
+        commands.append(command)
+
+    monkeypatch.setattr(os, "execv", execute)
+    monkeypatch.setattr(serve, "find_spec", lambda name: object())
+    monkeypatch.setattr(serve, "_installed", lambda: "0.32.0")
+    return commands
+
+
+def after(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+def test_the_whole_command_is_printed_and_run(
+    matkv: Program, run: Path, started: list[list[str]]
+) -> None:
+    ended = matkv("serve", run, "--budget", "0.25", "--port", "8001", "--max-model-len=64")
+    assert ended.code == 0, ended.err
+    (command,) = started
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert after(command, "--attention-backend") == "CUSTOM"
+    artifact = Artifact.load(run)
+    assert after(command, "--model") == artifact.base_model
+    options = json.loads(after(command, "--additional-config"))
+    assert options == {"matkv": {"artifact": str(run.resolve()), "budget": 0.25, "uniform": False}}
+    assert command[-3:] == ["--port", "8001", "--max-model-len=64"]
+    assert shlex.split(ended.out.splitlines()[0]) == command
+
+
+def test_what_fits_is_counted_by_the_table(
+    matkv: Program, run: Path, started: list[list[str]]
+) -> None:
+    ended = matkv("serve", run, "--budget", "0.5", "--dry-run", "--dtype", "float32",
+                  "--kv-cache-memory-bytes", "1MiB", "--served-model-name", "mine")  # fmt: skip
+    assert ended.code == 0 and not started, ended.err
+    table = Artifact.load(run).table(0.5)
+    for one in (RankTable.full(table.geometry), table):
+        assert f"{2**20 // one.bytes_per_token(torch.float32):,}" in ended.out
+    assert "--served-model-name mine" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--budget", "2"), "budget 2.0 must be in"),
+        (("--sink", "4"), "the first 4 and the last 0 tokens"),
+        (("--recent", "8"), "the last 8 tokens"),
+        (("--model", "/none"), "/none"),
+        (("--kv-cache-memory-bytes", "much"), "'much'"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    matkv: Program, run: Path, words: tuple[str, ...], told: str, started: list[list[str]]
+) -> None:
+    ended = matkv("serve", run, *words)
+    assert_refused(ended)
+    assert told in ended.err and not started
+
+
+def test_another_model_is_refused(matkv: Program, run: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "other", seed=5)
+    ended = matkv("serve", run, "--model", tmp_path / "other", "--dry-run")
+    assert_refused(ended)
+    assert "weights differ" in ended.err
+
+
+def test_a_model_with_sliding_windows_is_refused(matkv: Program, run: Path, tmp_path: Path) -> None:
+    build("gemma3").save_pretrained(tmp_path / "gemma3")
+    ended = matkv("serve", run, "--model", tmp_path / "gemma3", "--dry-run")
+    assert_refused(ended)
+    assert "sliding window of 8 tokens" in ended.err
+
+
+def test_a_missing_vllm_is_told_with_the_remedy(
+    matkv: Program, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    ended = matkv("serve", run)
+    assert_refused(ended)
+    assert "pip install" in ended.err

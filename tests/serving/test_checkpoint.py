@@ -1,0 +1,53 @@
+"""The fingerprint of a checkpoint is that of the model loaded from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from matkv.errors import ArtifactError
+from matkv.hf.weights import fingerprint as of_model
+from matkv.vllm.checkpoint import fingerprint
+from tiny import Tiny, tiny
+
+
+@pytest.mark.parametrize("shards", ["1MB", "50KB"])
+def test_a_checkpoint_is_recognized(any_family: Tiny, tmp_path: Path, shards: str) -> None:
+    any_family.model.save_pretrained(tmp_path, max_shard_size=shards)
+    found = fingerprint(str(tmp_path), any_family.model.config)
+    assert found == of_model(any_family.model)
+    any_family.artifact.check(any_family.geometry, found)
+
+
+def test_names_may_lack_what_comes_before_the_layers(tmp_path: Path) -> None:
+    model = tiny("llama").model
+    model.model.save_pretrained(tmp_path)
+    assert fingerprint(str(tmp_path), model.config) == of_model(model)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama").model
+    with pytest.raises(ArtifactError, match="save_pretrained"):
+        fingerprint(str(tmp_path), model.config)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    index = tmp_path / "model.safetensors.index.json"
+    known = json.loads(index.read_text())
+    del known["weight_map"]["model.layers.1.self_attn.q_proj.weight"]
+    other = tmp_path / "other"
+    model.save_pretrained(other, max_shard_size="50KB")
+    (other / index.name).write_text(json.dumps(known))
+    with pytest.raises(ArtifactError, match=r"no tensor model\.layers\.1\.self_attn"):
+        fingerprint(str(other), model.config)
+    config = type(model.config)(quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ArtifactError, match="is quantized"):
+        fingerprint(str(tmp_path), config)
+
+
+def test_rounding_is_that_of_the_artifact() -> None:
+    model = tiny("llama").model
+    assert all(round(one, 7) == one for one in of_model(model))
+    assert len(of_model(model)) == 3 * 8
+    assert torch.tensor(of_model(model)).isfinite().all()

@@ -1,0 +1,176 @@
+"""Pages: their bytes, what is written is read, and attention on them is attention on whole rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from coded import KINDS
+from matkv.attention.latent import attend
+from matkv.errors import CacheError
+from matkv.latents.latents import Latents
+from matkv.latents.layer import LayerProjection
+from matkv.ranks import RankTable
+from matkv.vllm.attention import Step, attend_step
+from matkv.vllm.pages import Layout, Pages, head_places
+from matkv.vllm.shards import Shard, projection_of, widest_row
+
+SEEDS = range(3)
+PAGE, COUNT = 16, 40
+
+
+def layer_of(kind: str, seed: int, layer: int = 1) -> tuple[LayerProjection, RankTable]:
+    subject = KINDS[kind]("llama")
+    table = subject.ragged(seed)
+    return projection_of(subject.artifact, table, layer, Shard()), table
+
+
+def empty(layout: Layout, *, spare: int = 0, dirt: float = torch.nan) -> Pages:
+    """Pages full of what is no number, `spare` bytes a token wider than need be, layers between."""
+    width = max(1, layout.token_bytes + spare)
+    whole = torch.full((2 * COUNT * PAGE * width // 4 + 1,), dirt).view(torch.uint8)
+    page = PAGE * width
+    return layout.bind(whole.as_strided((COUNT, 1, PAGE, width), (2 * page, page, width, 1), page))
+
+
+def states(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Queries [THD], keys and values [TGD]."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(tokens, n, 16, generator=generator).to(dtype) for n in (4, 2, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_takes_the_bytes_that_its_table_promises(
+    kind: str, seed: int, dtype: torch.dtype
+) -> None:
+    table = layer_of(kind, seed)[1]
+    layouts = [Layout.of(layer_of(kind, seed, one)[0], dtype) for one in range(3)]
+    assert sum(one.token_bytes for one in layouts) == table.bytes_per_token(dtype)
+    widths = [widest_row(table, one, 1, dtype) for one in range(3)]
+    assert widths == [max(1, one.token_bytes) for one in layouts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("spare", [0, 3])
+def test_what_is_written_is_read(kind: str, seed: int, spare: int) -> None:
+    projection, _ = layer_of(kind, seed)
+    pages = empty(Layout.of(projection, torch.float32), spare=spare)
+    _, key, value = states(40, seed)
+    rows = projection.encode(key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+    table_X = torch.tensor([7, 0, 12])
+    token_T = torch.arange(40)
+    pages.write(rows, table_X[token_T // PAGE] * PAGE + token_T % PAGE)
+    for one, other in zip(pages.read(table_X[None]), rows, strict=True):
+        assert torch.equal(one[:, :, :40], other)
+
+
+def test_places_of_heads_follow_the_planes() -> None:
+    projection, _ = layer_of("codes", 1)
+    layout = Layout.of(projection, torch.float32)
+    for codes in (False, True):
+        sizes = [s for s in layout.storages if (s[2] == torch.uint8) == codes]
+        wanted = [columns for heads, columns, _ in sizes for _ in range(heads)]
+        found = [*head_places(layout, codes=codes), layout.columns(codes=codes)]
+        assert [b - a for a, b in pairwise(found)] == wanted
+
+
+def test_pages_that_are_not_aligned_are_refused() -> None:
+    layout = Layout(((1, 1, torch.float32), (1, 1, torch.uint8)), torch.float32)
+    cache = torch.zeros(2, 1, 3, 5, dtype=torch.uint8)
+    with pytest.raises(CacheError, match="multiple of 16"):
+        layout.bind(cache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_step_is_attention_of_every_sequence_by_itself(kind: str, seed: int) -> None:
+    """Sequences of one new token and of several, some with earlier tokens, pages in any order."""
+    projection, _ = layer_of(kind, seed)
+    pages = empty(Layout.of(projection, torch.float32))
+    befores, news = [0, 33, 5, 16, 50], [20, 1, 1, 7, 1]
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed))
+    pages_BX = order[: 5 * 4].view(5, 4)
+    whole = [
+        states(before + new, 10 * seed + i)
+        for i, (before, new) in enumerate(zip(befores, news, strict=True))
+    ]
+
+    def step_of(counts: list[int], ends: list[int], chosen: list[int]) -> Step:
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        slots = [
+            pages_BX[b, t // PAGE] * PAGE + t % PAGE
+            for b, count, end in zip(chosen, counts, ends, strict=True)
+            for t in range(end - count, end)
+        ]
+        return Step.of(pages_BX[chosen], torch.stack(slots), torch.tensor(ends), starts, ends)
+
+    def run(step: Step, parts: list[tuple[Tensor, ...]]) -> Tensor:
+        query, key, value = (torch.cat(one) for one in zip(*parts, strict=True))
+        return attend_step(pages, projection, step, query, key, value, scaling=0.3)
+
+    earlier = [b for b in range(5) if befores[b]]
+    counts = [befores[b] for b in earlier]
+    run(
+        step_of(counts, counts, earlier),
+        [tuple(x[: befores[b]] for x in whole[b]) for b in earlier],
+    )
+    ends = [before + new for before, new in zip(befores, news, strict=True)]
+    out = run(
+        step_of(news, ends, list(range(5))),
+        [tuple(x[before:] for x in one) for one, before in zip(whole, befores, strict=True)],
+    )
+    for before, (query, key, value), got in zip(befores, whole, out.split(news), strict=True):
+        rows = projection.encode(key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+        wanted = attend(
+            Latents(projection, rows), query[before:].transpose(0, 1)[None], None, scaling=0.3
+        )
+        torch.testing.assert_close(got, wanted[0].transpose(0, 1), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_are_the_heads_of_the_whole(kind: str) -> None:
+    subject = KINDS[kind]("llama")
+    table = subject.ragged(1)
+    _, key, value = (x.transpose(0, 1)[None] for x in states(9, 0))
+    whole = projection_of(subject.artifact, table, 1, Shard())
+    rows = whole.latents(whole.encode(key, value))
+    found: dict[int, Tensor] = {}
+    for bucket, one in zip(whole.buckets, rows, strict=True):
+        for n, head in enumerate(whole.order[bucket.heads].tolist()):
+            found[head] = one[:, n]
+    for process in range(2):
+        part = projection_of(subject.artifact, table, 1, Shard(process, 2))
+        (got,) = part.latents(part.encode(key[:, process, None], value[:, process, None]))
+        torch.testing.assert_close(got[:, 0], found[process])
+    halves = [
+        Layout.of(projection_of(subject.artifact, table, 1, Shard(p, 2)), torch.float32)
+        for p in range(2)
+    ]
+    assert widest_row(table, 1, 2, torch.float32) == max(1, *(h.token_bytes for h in halves))
+
+
+def test_heads_are_dealt_out_in_order_and_shared_where_they_are_few() -> None:
+    assert [Shard(p, 2).heads(4) for p in range(2)] == [[0, 1], [2, 3]]
+    assert [Shard(p, 4).heads(2) for p in range(4)] == [[0], [0], [1], [1]]
+
+
+def test_a_layer_without_any_columns_still_has_pages() -> None:
+    subject = KINDS["ranks"]("llama")
+    none = tuple((0,) * shape.kv_heads for shape in subject.geometry.layers)
+    table = replace(RankTable.full(subject.geometry), key=none, value=none)
+    assert widest_row(table, 0, 1, torch.float32) == 1
+    projection = projection_of(subject.artifact, table, 0, Shard())
+    query, key, value = states(3, 0)
+    pages = empty(Layout.of(projection, torch.float32))
+    step = Step.of(torch.tensor([[1]]), torch.arange(16, 19), torch.tensor([3]), [0, 3], [3])
+    out = attend_step(pages, projection, step, query, key, value, scaling=1.0)
+    assert torch.equal(out, torch.zeros_like(out))
