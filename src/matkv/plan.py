@@ -1,5 +1,7 @@
 """Plan: what a model and its cache will take, with and without compression, from its config alone.
 
+Compressed is an artifact's table with its exact tokens, or equal ranks where there is none.
+
 Arithmetic, no measurement: bytes of weights and of cache, what fits into a memory, and the time of
 a decoding step that does nothing but read both once. Activations and the allocator come on top.
 """
@@ -15,6 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from matkv.artifact.artifact import Artifact
 from matkv.errors import MatkvError
 from matkv.hf.geometry import geometry_of
 from matkv.latents.layer import projections_nbytes
@@ -74,7 +77,7 @@ class PlanCase:
 
 @dataclass(frozen=True)
 class Footprint:
-    """One way to hold the cache.
+    """One way to hold the cache; the bytes of tokens kept exact are among those of the cache.
 
     `staying_bytes` of `cache_bytes` are of layers with a sliding window, which stay as they are;
     `bases_bytes` are the maps that compression adds to the weights; `token_bytes` what each further
@@ -98,7 +101,8 @@ class Footprint:
 class Plan:
     """Footprints of the full and the compressed cache of one model.
 
-    `layers` are all of its layers, `growing_layers` those that a budget is of.
+    `layers` are all of its layers, `growing_layers` those that a budget is of. `sink` and `recent`
+    are the tokens that the compressed cache keeps exact.
     A mixture of experts reads fewer weights a step than `weight_bytes`: its `decode_ms` is high.
     """
 
@@ -111,6 +115,8 @@ class Plan:
     context: int
     batch: int
     budget: float
+    sink: int
+    recent: int
     memory: int | None
     bandwidth: float
     full: Footprint
@@ -120,12 +126,14 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
+def plan(config: PreTrainedConfig, case: PlanCase, artifact: Artifact | None = None) -> Plan:
     """Plan a model that its config describes; no weights are loaded.
 
-    Compressed, it has equal ranks: the largest within the budget.
+    Compressed, it has the table of `artifact` for the budget and its exact tokens; without one
+    equal ranks, the largest within the budget.
 
     Raises:
+        FingerprintError: the artifact is of a model of another geometry.
         BudgetError: the budget leaves no rank.
         UnsupportedModelError: the model's attention cannot be reproduced on latents.
     """
@@ -133,7 +141,12 @@ def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
     parameters = parameter_count(config)
     dtype = case.dtype or stored_dtype(config)
     weights = parameters * dtype.itemsize
-    table = RankTable.uniform(geometry, case.budget, step=1)
+    if artifact is None:
+        table, sink, recent = RankTable.uniform(geometry, case.budget, step=1), 0, 0
+    else:
+        artifact.check_geometry(geometry)
+        table, sink, recent = artifact.table(case.budget), artifact.sink, artifact.recent
+    bases = projections_nbytes(table, dtype)
     return Plan(
         model_type=config.model_type,
         layers=len(geometry.layers),
@@ -144,10 +157,12 @@ def plan(config: PreTrainedConfig, case: PlanCase) -> Plan:
         context=case.context,
         batch=case.batch,
         budget=case.budget,
+        sink=sink,
+        recent=recent,
         memory=case.memory,
         bandwidth=case.bandwidth,
-        full=_footprint(case, RankTable.full(geometry), dtype, weights, 0),
-        compressed=_footprint(case, table, dtype, weights, projections_nbytes(table, dtype)),
+        full=_footprint(case, _Held(RankTable.full(geometry), dtype), weights, 0),
+        compressed=_footprint(case, _Held(table, dtype, sink, recent), weights, bases),
     )
 
 
@@ -165,26 +180,42 @@ def parameter_count(config: PreTrainedConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _footprint(
-    case: PlanCase, table: RankTable, dtype: torch.dtype, weights: int, bases: int
-) -> Footprint:
-    def cache_bytes(batch: int, context: int) -> int:
-        return table.nbytes(context, dtype, batch=batch)
+@dataclass(frozen=True)
+class _Held:
+    """How a cache holds tokens."""
 
+    table: RankTable
+    dtype: torch.dtype
+    sink: int = 0
+    recent: int = 0
+
+    def nbytes(self, batch: int, context: int) -> int:
+        return self.table.nbytes(
+            context, self.dtype, batch=batch, sink=self.sink, recent=self.recent
+        )
+
+    def staying(self, batch: int, context: int) -> int:
+        """Those of layers with a sliding window."""
+        full = RankTable.full(self.table.geometry)
+        growing = batch * context * full.bytes_per_token(self.dtype)
+        return full.nbytes(context, self.dtype, batch=batch) - growing
+
+
+def _footprint(case: PlanCase, held: _Held, weights: int, bases: int) -> Footprint:
     free = None if case.memory is None else case.memory - weights - bases
-    cache = cache_bytes(case.batch, case.context)
+    cache = held.nbytes(case.batch, case.context)
     return Footprint(
         cache_bytes=cache,
-        staying_bytes=cache - case.batch * case.context * table.bytes_per_token(dtype),
-        token_bytes=table.bytes_per_token(dtype),
+        staying_bytes=held.staying(case.batch, case.context),
+        token_bytes=held.table.bytes_per_token(held.dtype),
         bases_bytes=bases,
         total_bytes=weights + bases + cache,
         fits=None if free is None else cache <= free,
-        largest_batch=None if free is None else max(0, free // cache_bytes(1, case.context)),
+        largest_batch=None if free is None else max(0, free // held.nbytes(1, case.context)),
         largest_context=(
             None
             if free is None
-            else _largest(lambda tokens: cache_bytes(case.batch, tokens) <= free)
+            else _largest(lambda tokens: held.nbytes(case.batch, tokens) <= free)
         ),
         decode_ms=1e3 * (weights + bases + cache) / case.bandwidth,
     )

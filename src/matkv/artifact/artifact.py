@@ -136,16 +136,24 @@ class Artifact:
         Raises:
             FingerprintError: its geometry or its weights are others.
         """
-        if geometry != self.geometry:
-            raise FingerprintError(
-                f"the artifact was made for {self._model} ({_describe(self.geometry)}), this "
-                f"model has {_describe(geometry)}: load that model, or calibrate this one"
-            )
+        self.check_geometry(geometry)
         if not _close(fingerprint, self.fingerprint):
             raise FingerprintError(
                 f"the artifact was made for {self._model}, whose weights differ from this "
                 "model's: load that model, or calibrate this one; a quantized copy has weights and "
                 "bases of its own"
+            )
+
+    def check_geometry(self, geometry: Geometry) -> None:
+        """`check` of a model whose weights are not there.
+
+        Raises:
+            FingerprintError: its geometry is another.
+        """
+        if geometry != self.geometry:
+            raise FingerprintError(
+                f"the artifact was made for {self._model} ({_describe(self.geometry)}), this "
+                f"model has {_describe(geometry)}: load that model, or calibrate this one"
             )
 
     @property

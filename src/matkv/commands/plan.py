@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,9 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from matkv.artifact.artifact import Artifact
 from matkv.commands import console
 from matkv.commands.from_fields import from_fields
-from matkv.commands.options import JsonOpt, Loading
+from matkv.commands.options import JsonOpt, Loading, as_runs
 from matkv.commands.tables import bytes_text
 from matkv.models.dtype import as_device, choose, say_choice
 from matkv.models.load import load_config
@@ -24,6 +26,14 @@ def plan_command(
     model_name: Annotated[str, typer.Argument(metavar="MODEL", help="hub id or directory")],
     case: PlanCase,
     loading: Loading,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="plan with this artifact's tables and exact tokens; equal ranks unless given",
+            callback=as_runs,
+        ),
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """What a model and its cache will take, from its config alone; no weights are loaded."""
@@ -32,7 +42,8 @@ def plan_command(
     chosen = choose(loading.dtype, stored, target)
     if loading.dtype == "auto":
         say_choice(model_name, stored, chosen, target)
-    result = plan(config, replace(case, dtype=chosen))
+    artifact = None if run is None else Artifact.load(run)
+    result = plan(config, replace(case, dtype=chosen), artifact)
     if as_json:
         console.print_json(result.to_json())
     else:
@@ -48,7 +59,8 @@ def plan_table(made: Plan) -> Group:
     ways = made.full, made.compressed
     table = Table()
     table.add_column("")
-    for name in ("full", f"budget {made.budget:.1%}"):
+    exact = f", {made.sink + made.recent} tokens exact" if made.sink + made.recent else ""
+    for name in ("full", f"budget {made.budget:.1%}{exact}"):
         table.add_column(name, justify="right")
     table.add_row("cache", *(bytes_text(way.cache_bytes) for way in ways))
     table.add_row("each further token", *(bytes_text(way.token_bytes) for way in ways))
