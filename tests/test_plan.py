@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import transformers
 import matkv
 from coded import coded, ragged_bands
 from matkv.cache.cache import attached_projections, storage_nbytes
-from matkv.errors import BudgetError, FingerprintError, MatkvError, UnsupportedModelError
+from matkv.errors import BudgetError, MatkvError, UnsupportedModelError
 from matkv.plan import PlanCase, parameter_count, parse_bytes, plan
 from matkv.ranks import RankTable
 from tiny import FAMILIES, Tiny, tokens
@@ -49,13 +48,11 @@ def test_the_planned_bytes_are_what_caches_hold(llama: Tiny) -> None:
 
 
 def test_an_artifact_is_planned_with_its_tables_and_its_exact_tokens(llama: Tiny) -> None:
-    artifact = replace(coded("llama").artifact, sink=2, recent=5)
-    table = ragged_bands(llama.geometry)
-    artifact, budget = replace(artifact, tables={table.budget: table}), table.budget
-    case = PlanCase(context=40, batch=2, budget=budget, dtype=torch.float32)
-    found = plan(llama.model.config, case, artifact)
+    artifact, table = coded("llama").artifact, ragged_bands(llama.geometry)
+    case = PlanCase(context=40, batch=2, budget=table.budget, dtype=torch.float32)
+    found = plan(llama.model.config, case, table, sink=2, recent=5)
     assert (found.sink, found.recent) == (2, 5)
-    matkv.attach(llama.model, artifact, budget=budget)
+    matkv.attach(llama.model, artifact, ranks=table, sink=2, recent=5)
     cache = matkv.LatentCache(llama.model)
     with torch.no_grad():
         llama.model(tokens(2, 40), past_key_values=cache)
@@ -63,11 +60,6 @@ def test_an_artifact_is_planned_with_its_tables_and_its_exact_tokens(llama: Tiny
     projections = attached_projections(llama.model).values()
     buffers = [buffer for projection in projections for buffer in projection.buffers()]
     assert found.compressed.bases_bytes == sum(buffer.nbytes for buffer in buffers)
-
-
-def test_an_artifact_of_another_model_is_refused(llama: Tiny) -> None:
-    with pytest.raises(FingerprintError, match="this model has"):
-        plan(LLAMA2_7B, PlanCase(context=10), llama.artifact)
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.3])

@@ -17,7 +17,6 @@ import torch
 from pydantic import BeforeValidator, Field
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from matkv.artifact.artifact import Artifact
 from matkv.errors import MatkvError
 from matkv.hf.geometry import geometry_of
 from matkv.latents.layer import projections_nbytes
@@ -126,14 +125,20 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: PreTrainedConfig, case: PlanCase, artifact: Artifact | None = None) -> Plan:
+def plan(
+    config: PreTrainedConfig,
+    case: PlanCase,
+    table: RankTable | None = None,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+) -> Plan:
     """Plan a model that its config describes; no weights are loaded.
 
-    Compressed, it has the table of `artifact` for the budget and its exact tokens; without one
-    equal ranks, the largest within the budget.
+    Compressed, it has an artifact's `table` for the budget, with the first `sink` and the last
+    `recent` tokens exact; without a table equal ranks, the largest within the budget.
 
     Raises:
-        FingerprintError: the artifact is of a model of another geometry.
         BudgetError: the budget leaves no rank.
         UnsupportedModelError: the model's attention cannot be reproduced on latents.
     """
@@ -141,11 +146,8 @@ def plan(config: PreTrainedConfig, case: PlanCase, artifact: Artifact | None = N
     parameters = parameter_count(config)
     dtype = case.dtype or stored_dtype(config)
     weights = parameters * dtype.itemsize
-    if artifact is None:
-        table, sink, recent = RankTable.uniform(geometry, case.budget, step=1), 0, 0
-    else:
-        artifact.check_geometry(geometry)
-        table, sink, recent = artifact.table(case.budget), artifact.sink, artifact.recent
+    if table is None:
+        table = RankTable.uniform(geometry, case.budget, step=1)
     bases = projections_nbytes(table, dtype)
     return Plan(
         model_type=config.model_type,

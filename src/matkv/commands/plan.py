@@ -16,6 +16,7 @@ from matkv.commands import console
 from matkv.commands.from_fields import from_fields
 from matkv.commands.options import JsonOpt, Loading, as_runs
 from matkv.commands.tables import bytes_text
+from matkv.hf.geometry import geometry_of
 from matkv.models.dtype import as_device, choose, say_choice
 from matkv.models.load import load_config
 from matkv.plan import DEFAULT_BANDWIDTH, DEFAULT_DEVICE, Plan, PlanCase, plan, stored_dtype
@@ -42,8 +43,14 @@ def plan_command(
     chosen = choose(loading.dtype, stored, target)
     if loading.dtype == "auto":
         say_choice(model_name, stored, chosen, target)
-    artifact = None if run is None else Artifact.load(run)
-    result = plan(config, replace(case, dtype=chosen), artifact)
+    case = replace(case, dtype=chosen)
+    if run is None:
+        result = plan(config, case)
+    else:
+        artifact = Artifact.load(run)
+        artifact.check_geometry(geometry_of(config))
+        table = artifact.table(case.budget)
+        result = plan(config, case, table, sink=artifact.sink, recent=artifact.recent)
     if as_json:
         console.print_json(result.to_json())
     else:
