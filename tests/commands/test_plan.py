@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import matkv as package
 from matkv.commands.tables import bytes_text
+from matkv.ranks import RankTable
 from program import Program, Word
-from tiny import FAMILIES
+from tiny import FAMILIES, build
 
 # Of the tiny Llama: 2 layers × keys and values × 2 KV heads × 8 dims × fp32.
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
@@ -126,3 +129,24 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_a_model_that_is_not_there(tmp_path: Path, matkv: Program) -> None:
     assert "none" in matkv("plan", tmp_path / "none", "--context", 10).refusal()
+
+
+def test_a_run_is_planned_with_its_own_table_and_its_exact_tokens(
+    home: Path, run: Path, tmp_path: Path, matkv: Program
+) -> None:
+    artifact = package.Artifact.load(run)
+    table = RankTable.uniform(artifact.geometry, 0.25)
+    saved = replace(artifact, tables={0.5: table}, sink=2, recent=3)
+    saved.save(tmp_path / "searched")
+    asked: list[Word] = ["plan", home / "model", "--run", tmp_path / "searched", "--budget", 0.5]
+    plan = matkv(*asked, "--context", 100, "--json").json()
+    held = table.nbytes(100, torch.float32, sink=2, recent=3)
+    assert plan["compressed"]["cache_bytes"] == held
+    assert "5 tokens exact" in " ".join(matkv(*asked, "--context", 100).out.split())
+
+
+def test_a_run_of_another_model_is_refused(home: Path, tmp_path: Path, matkv: Program) -> None:
+    build("qwen2").config.save_pretrained(tmp_path / "other")
+    ended = matkv("plan", tmp_path / "other", "--run", home / "run", "--context", 10)
+    assert ended.code == 2
+    assert "the artifact was made for" in ended.err
