@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matkv.attention.exact import attend_exact
-from matkv.attention.kernels import cpu
+from matkv.attention.kernels import compiled, cpu, native
 from matkv.attention.masks import additive, causal_bias, far_mask
 from matkv.attention.parts import attend_part, even_lse, flows, merge
 from matkv.errors import UnsupportedModelError
@@ -165,6 +165,8 @@ def _decoder(query_BGXM: Tensor, latents: Latents) -> Decode | None:
         return gpu_codes.decode if has_codes else gpu.decode
     if query_BGXM.device.type != "cpu":
         return None
+    if not torch.compiler.is_compiling() and compiled.kernel() is not None:
+        return native.decode
     return _decode_stretches if has_codes else cpu.decode
 
 

@@ -105,7 +105,6 @@ class Coder(nn.Module):
             scales.append(scale_GD)
             steps.append(coding.steps())
         self.bands = list(zip(key_coding.bands, value_coding.bands, strict=True))
-        self.layout = tuple(side for pair in self.bands for side in row_layout(pair))
         self.head_dim = D
         self.register_buffer("encode", encode_GFF, persistent=False)
         self.register_buffer("scale", torch.cat(scales, dim=1), persistent=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from matkv.bases.maps import Maps
 from matkv.codes import Bands, plain_bands
 from matkv.errors import RankError
-from matkv.latents.coding import Coder, SideCoding, row_sizes
+from matkv.latents.coding import Coder, SideCoding, row_layout, row_sizes
 from matkv.ranks import LayerRanks, RankTable
 
 # Columns that the query and output maps have to spare, zeros, for kernels that prefer wider views.
@@ -55,7 +55,7 @@ class LayerProjection(nn.Module):
     `sink` first and `recent` last tokens of a sequence are kept exact. `source` names the bases:
     latents of projections of one source are prefixes of each other, and equal at one `identity`.
     `coding` says which columns are kept as codes; `coder` makes
-    and reads them.
+    and reads them. `layout` says where in a row every head's key and value are, see `row_layout`.
 
     Raises:
         RankError: the number of ranks or a rank does not fit the maps.
@@ -94,6 +94,7 @@ class LayerProjection(nn.Module):
         alike = [(sum(pairs[head]), () if coding is None else bands[head]) for head in range(heads)]
         order = sorted(range(heads), key=lambda head: alike[head])
         pairs, alike = [pairs[head] for head in order], [alike[head] for head in order]
+        self.layout = tuple(side for head in order for side in row_layout(bands[head]))
         self.is_sorted = order == list(range(heads))
         self.buckets = _buckets(pairs, alike)
         self.highest_ranks = max(key_ranks), max(value_ranks)

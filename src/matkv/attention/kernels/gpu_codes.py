@@ -48,7 +48,7 @@ def decode(
     query_BGXM = query_BGXM.contiguous()
     parts = gpu.divided(query_BGXM, tokens, splits)
     numbers, packed = (gpu.table(gpu.places(rows[kind::2]), device) for kind in (0, 1))
-    layout, tiles = _described(coder.layout, device)
+    layout, tiles = _described(projection.layout, device)
     gain_zero, gain_steps = coder.gain_scale
     _decode_part[parts.grid](
         query_BGXM, numbers, packed, layout,
@@ -179,7 +179,7 @@ def _keep(part_ptr, out, is_x, columns, BLOCK: tl.constexpr):
 def _described(
     layout: tuple[tuple[int, ...], ...], device: torch.device
 ) -> tuple[Tensor, dict[str, int]]:
-    """`Coder.layout` on the device, and the columns of tiles that hold those of every head."""
+    """`LayerProjection.layout` on the device, and the columns of tiles that hold those of every head."""
     sides = {"KEY": layout[::2], "VALUE": layout[1::2]}
     numbers = {f"{side}_NUMBERS": max(one[1] for one in sides[side]) for side in sides}
     codes = {f"{side}_CODES": max(sum(one[4:]) for one in sides[side]) for side in sides}
