@@ -59,6 +59,20 @@ def attend(
     return out_BHQD
 
 
+def attend_paged(
+    paged: native.Paged, projection: LayerProjection, query_BHQD: Tensor, scaling: float
+) -> Tensor:
+    """Attention of one query position a sequence over its tokens in pages.  [BHQD -> BHQD], Q = 1
+
+    Raises:
+        RuntimeError: there is no compiled kernel here; `compiled.kernel()` tells.
+    """
+    dtype = paged.numbers_KNP.dtype
+    query_BGXM = per_head(projection.enter(query_BHQD), projection.query).to(dtype)
+    out_BGXM, _ = native.decode_paged(query_BGXM, paged, projection, scaling)
+    return projection.leave(per_head(out_BGXM, projection.output), 1).to(query_BHQD.dtype)
+
+
 def _attend_both(
     latents: Latents,
     exact: Exact,

@@ -58,5 +58,6 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
         "instructions": found["instructions"],
         "dtype of bfloat16 weights": f"{found['dtype']}: {found['reason']}",
         "GFLOP/s of products": speeds,
+        "decoding on the CPU": found["kernel"],
     }
     return lines | {f"{part} needs": install for part, install in found["missing"].items()}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record, hardware, versions
+from matkv.attention.kernels import compiled
 from matkv.errors import ArtifactError
 from matkv.hf.geometry import geometry_of
 from matkv.hf.weights import fingerprint
@@ -37,6 +38,7 @@ PROBE_SECONDS = 0.02
 def examine(device: str | None = None) -> Record:
     """Versions, devices, threads, the dtype that "auto" means here and why, and measured speeds.
 
+    `kernel` tells whether decoding on the CPU has its compiled kernel, and else the remedy.
     `missing` has the command that installs what an optional part lacks. `gflops` are products of
     square matrices, measured in a few hundredths of a second; on a busy machine they come out low.
 
@@ -55,6 +57,7 @@ def examine(device: str | None = None) -> Record:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "dtype": short(chosen),
         "reason": f"{target} {fast} fast products of {short(STORED)}",
+        "kernel": _kernel(),
         "gflops": {
             short(dtype): round(gflops(dtype, target), 1)
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -65,6 +68,13 @@ def examine(device: str | None = None) -> Record:
             if any(find_spec(package) is None for package in packages)
         },
     }
+
+
+def _kernel() -> str:
+    """How codes are decoded on the CPU: compiled, or why not and what helps."""
+    if compiled.kernel() is not None:
+        return "compiled"
+    return f"torch: {compiled.trouble() or f'{compiled.SWITCH}=torch'}"
 
 
 def gflops(dtype: torch.dtype, device: torch.device, size: int = 256) -> float:

@@ -17,33 +17,16 @@ import torch
 import matkv
 from coded import coded, random_bands
 from explicit import attend_explicit
+from layers import BANDS, MIXED, banded, coded_layer
 from matkv.attention import latent as attention
 from matkv.attention.latent import attend
-from matkv.bases.quantizer import fit
-from matkv.cache.layer import LatentLayer
-from matkv.latents.coding import SideCoding
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import LayerBands
 from one_query import KEY, SCALING, VALUE, D, G, check, kernel, padding, queries
 from tiny import greedy, largest_difference, left_padded, tokens
 
-NONE, PLAIN = (0, 0, 0, 0), (7, 0, 0, 0)
-BANDS: dict[str, tuple[LayerBands, LayerBands]] = {
-    "eight": (((0, 9, 0, 0),) * G, ((0, 24, 0, 0),) * G),
-    "four": (((0, 0, 9, 0),) * G, ((0, 0, 24, 0),) * G),
-    "two": (((0, 0, 0, 9),) * G, ((0, 0, 0, 24),) * G),
-    "mixed": (
-        ((3, 1, 5, 7), (0, 2, 3, 1), (1, 0, 7, 6), (5, 3, 0, 13)),
-        ((1, 2, 2, 19), (4, 0, 1, 5), (0, 6, 9, 0), (2, 7, 1, 0)),
-    ),
-    "key without": ((NONE, (0, 3, 5, 2), PLAIN, NONE), ((0, 3, 5, 2), NONE, (0, 0, 3, 0), PLAIN)),
-    "only one coded": ((PLAIN, PLAIN, (0, 0, 0, 1), NONE), (PLAIN, NONE, NONE, NONE)),
-    "plain": ((PLAIN,) * G, (PLAIN, NONE, PLAIN, PLAIN)),
-    "nothing": ((NONE,) * G, (NONE,) * G),
-}
 every_mix = pytest.mark.parametrize("bands", BANDS.values(), ids=BANDS)
-MIXED = BANDS["mixed"]
 
 
 @pytest.fixture(scope="module")
@@ -52,44 +35,24 @@ def gpu_codes() -> Iterator[Any]:
         yield module
 
 
-def projection(bands: tuple[LayerBands, LayerBands], **options: Any) -> LayerProjection:
-    """Quantizers fitted to states like those of `layer`."""
-    states = torch.randn(2, G, 200, D, generator=torch.Generator().manual_seed(0))
-    key, value = (
-        SideCoding(own, fit(states_GND @ maps.encode_XDD))
-        for own, states_GND, maps in zip(bands, states, (KEY, VALUE), strict=True)
-    )
-    ranks = [tuple(map(sum, own)) for own in bands]
-    return LayerProjection(KEY, VALUE, *ranks, coding=(key, value), **options)
-
-
-def layer(bands: tuple[LayerBands, LayerBands], batch: int, length: int, **options: Any) -> Latents:
-    """What a cache hands on: views of longer buffers, of tokens whose gains differ."""
-    generator = torch.Generator().manual_seed(length)
-    size_BGT1 = torch.rand(2, batch, G, length, 1, generator=generator) + 0.1
-    states = torch.randn(2, batch, G, length, D, generator=generator) * size_BGT1
-    latents: Latents = LatentLayer(projection(bands, **options)).update(*states)[0]
-    return latents
-
-
 @every_mix
 @pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 64), (4, 131), (1, 131)])
 def test_codes_equal_explicit_scores(
     gpu_codes: Any, bands: tuple[LayerBands, LayerBands], group: int, length: int
 ) -> None:
-    check(gpu_codes.decode, layer(bands, 2, length), queries(2, group))
+    check(gpu_codes.decode, coded_layer(bands, 2, length), queries(2, group))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_bands_equal_explicit_scores(gpu_codes: Any, seed: int) -> None:
     rng = random.Random(seed)
     key, value = (tuple(random_bands(rng, D) for _ in range(G)) for _ in range(2))
-    check(gpu_codes.decode, layer((key, value), 1, 70), queries(1, 2), padding((5,), 70))
+    check(gpu_codes.decode, coded_layer((key, value), 1, 70), queries(1, 2), padding((5,), 70))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 99])
 def test_the_context_may_be_split_anyhow(gpu_codes: Any, splits: int) -> None:
-    check(partial(gpu_codes.decode, splits=splits), layer(MIXED, 1, 300), queries(1, 2))
+    check(partial(gpu_codes.decode, splits=splits), coded_layer(MIXED, 1, 300), queries(1, 2))
 
 
 @pytest.mark.parametrize("starts", [(0, 5, 199), (70, 130, 200)], ids=str)
@@ -97,17 +60,19 @@ def test_the_context_may_be_split_anyhow(gpu_codes: Any, splits: int) -> None:
 def test_padding_is_honoured(gpu_codes: Any, starts: tuple[int, ...], kind: torch.dtype) -> None:
     """Padding of any length, whole parts of the context and all but nothing included."""
     mask = padding(starts, 201, kind)
-    check(gpu_codes.decode, layer(MIXED, 3, 201), queries(3, 2), mask)
+    check(gpu_codes.decode, coded_layer(MIXED, 3, 201), queries(3, 2), mask)
 
 
 def test_one_mask_is_shared_between_sequences(gpu_codes: Any) -> None:
-    check(gpu_codes.decode, layer(MIXED, 2, 70), queries(2, 1), padding((9,), 70))
+    check(gpu_codes.decode, coded_layer(MIXED, 2, 70), queries(2, 1), padding((9,), 70))
 
 
 @pytest.mark.parametrize("mix", ["mixed", "key without", "nothing"])
 def test_a_query_that_sees_nothing_stays_finite(gpu_codes: Any, mix: str) -> None:
     with mock.patch.object(attention, "_decoder", lambda *_: gpu_codes.decode), torch.no_grad():
-        out = attend(layer(BANDS[mix], 2, 70), queries(2, 1), padding((0, 70), 70), scaling=SCALING)
+        out = attend(
+            coded_layer(BANDS[mix], 2, 70), queries(2, 1), padding((0, 70), 70), scaling=SCALING
+        )
     assert bool(out.isfinite().all())
 
 
@@ -115,7 +80,7 @@ def test_a_query_that_sees_nothing_stays_finite(gpu_codes: Any, mix: str) -> Non
 def test_exact_tokens_are_merged_by_the_sum_of_weights(
     gpu_codes: Any, bands: tuple[LayerBands, LayerBands]
 ) -> None:
-    latents = layer(bands, 2, 90, sink=2, recent=3)
+    latents = coded_layer(bands, 2, 90, sink=2, recent=3)
     check(gpu_codes.decode, latents, queries(2, 3))
     check(gpu_codes.decode, latents, queries(2, 3), padding((0, 40), 90))
 
@@ -125,10 +90,10 @@ def test_exact_tokens_are_merged_by_the_sum_of_weights(
 def test_half_precision_is_close(
     gpu_codes: Any, bands: tuple[LayerBands, LayerBands], dtype: torch.dtype
 ) -> None:
-    latents, query = layer(bands, 1, 150), queries(1, 2)
+    latents, query = coded_layer(bands, 1, 150), queries(1, 2)
     expected = attend_explicit(latents, query, None, scaling=SCALING)
     rows = [part if part.dtype == torch.uint8 else part.to(dtype) for part in latents.rows]
-    half = Latents(projection(bands).to(dtype), rows)
+    half = Latents(banded(bands).to(dtype), rows)
     with mock.patch.object(attention, "_decoder", lambda *_: gpu_codes.decode), torch.no_grad():
         out = attend(half, query.to(dtype), None, scaling=SCALING)
     assert out.dtype == dtype
@@ -148,7 +113,7 @@ def test_it_generates_the_same_tokens(gpu_codes: Any) -> None:
 
 def test_cuda_takes_it_where_there_are_codes(gpu_codes: Any) -> None:
     query = mock.Mock(device=torch.device("cuda"), requires_grad=False)
-    assert attention._decoder(query, layer(MIXED, 1, 3)) is gpu_codes.decode
+    assert attention._decoder(query, coded_layer(MIXED, 1, 3)) is gpu_codes.decode
     plain = LayerProjection(KEY, VALUE, (3,) * G, (5,) * G)
     states = torch.zeros(2, 1, G, 3, D)
     decode = attention._decoder(query, Latents(plain, plain.encode(*states)))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from explicit import attend_explicit
+from layers import RANKS, plain_layer
 from matkv.attention import latent as attention
 from matkv.attention.kernels import cpu as cpu
 from matkv.attention.latent import attend
@@ -25,17 +26,9 @@ from matkv.hf import handlers as hf
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import LayerRanks
-from one_query import KEY, SCALING, VALUE, D, G, check, kernel, padding, queries
+from one_query import KEY, SCALING, VALUE, check, kernel, padding, queries
 from tiny import Tiny, greedy, largest_difference, left_padded, random_maps, tokens
 
-RANKS: dict[str, tuple[LayerRanks, LayerRanks]] = {
-    "full": ((D,) * G, (D,) * G),
-    "uniform": ((8,) * G, (8,) * G),
-    "odd": ((3, 13, 1, 7), (5, 3, 23, 1)),
-    "one width": ((4, 10, 6, 12), (12, 6, 10, 4)),
-    "zero": ((0, 24, 0, 5), (9, 0, 0, 24)),
-    "all zero": ((0,) * G, (0,) * G),
-}
 every_rank = pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
 
 
@@ -43,16 +36,6 @@ every_rank = pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
 def gpu() -> Iterator[Any]:
     with kernel("gpu") as module:
         yield module
-
-
-def layer(ranks: tuple[LayerRanks, LayerRanks], batch: int, length: int) -> Latents:
-    """What a cache hands on: rows that are views of longer buffers."""
-    generator = torch.Generator().manual_seed(length)
-    key_BGTD, value_BGTD = torch.randn(2, batch, G, length, D, generator=generator)
-    latents: Latents = LatentLayer(LayerProjection(KEY, VALUE, *ranks)).update(
-        key_BGTD, value_BGTD
-    )[0]
-    return latents
 
 
 # ---- Triton
@@ -64,7 +47,7 @@ def layer(ranks: tuple[LayerRanks, LayerRanks], batch: int, length: int) -> Late
 def test_triton_equals_explicit_scores(
     gpu: Any, ranks: tuple[LayerRanks, LayerRanks], group: int, length: int
 ) -> None:
-    check(gpu.decode, layer(ranks, 2, length), queries(2, group))
+    check(gpu.decode, plain_layer(ranks, 2, length), queries(2, group))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 99])
@@ -73,7 +56,7 @@ def test_triton_may_split_the_context_anyhow(gpu: Any, splits: int) -> None:
         out: Tensor = gpu.decode(*inputs, splits=splits)
         return out
 
-    check(decode, layer(RANKS["odd"], 1, 300), queries(1, 2))
+    check(decode, plain_layer(RANKS["odd"], 1, 300), queries(1, 2))
 
 
 @pytest.mark.parametrize("starts", [(0, 5, 199), (70, 130, 200)], ids=str)
@@ -81,15 +64,20 @@ def test_triton_may_split_the_context_anyhow(gpu: Any, splits: int) -> None:
 def test_triton_honours_padding(gpu: Any, starts: tuple[int, ...], kind: torch.dtype) -> None:
     """Padding of any length, whole parts of the context and all but nothing included."""
     length = 201
-    check(gpu.decode, layer(RANKS["odd"], 3, length), queries(3, 2), padding(starts, length, kind))
+    check(
+        gpu.decode,
+        plain_layer(RANKS["odd"], 3, length),
+        queries(3, 2),
+        padding(starts, length, kind),
+    )
 
 
 def test_triton_shares_one_mask_between_sequences(gpu: Any) -> None:
-    check(gpu.decode, layer(RANKS["odd"], 2, 70), queries(2, 1), padding((9,), 70))
+    check(gpu.decode, plain_layer(RANKS["odd"], 2, 70), queries(2, 1), padding((9,), 70))
 
 
 def test_triton_stays_finite_where_a_query_sees_nothing(gpu: Any) -> None:
-    latents = layer(RANKS["odd"], 2, 70)
+    latents = plain_layer(RANKS["odd"], 2, 70)
     with mock.patch.object(attention, "_decoder", lambda *_: gpu.decode), torch.no_grad():
         out = attend(latents, queries(2, 1), padding((0, 70), 70), scaling=SCALING)
     assert bool(out.isfinite().all())
@@ -97,7 +85,7 @@ def test_triton_stays_finite_where_a_query_sees_nothing(gpu: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_in_half_precision_is_close(gpu: Any, dtype: torch.dtype) -> None:
-    latents, query = layer(RANKS["odd"], 1, 150), queries(1, 2)
+    latents, query = plain_layer(RANKS["odd"], 1, 150), queries(1, 2)
     expected = attend_explicit(latents, query, None, scaling=SCALING)
     half = Latents(
         LayerProjection(KEY, VALUE, *RANKS["odd"]).to(dtype), [r.to(dtype) for r in latents.rows]
@@ -118,7 +106,7 @@ def test_triton_generates_the_same_tokens(gpu: Any, llama: Tiny) -> None:
 
 
 def test_places_of_rows_are_copied_once_to_the_device(gpu: Any) -> None:
-    latents, query = layer(RANKS["odd"], 1, 10), queries(1, 1)
+    latents, query = plain_layer(RANKS["odd"], 1, 10), queries(1, 1)
     gpu.table.cache_clear()
     for _ in range(3):
         check(gpu.decode, latents, query)
@@ -140,7 +128,7 @@ def test_cpu_equals_explicit_scores_however_it_splits(
     monkeypatch.setattr(cpu, "MIN_SPLIT", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for batch in (1, 3):
-        latents = layer(ranks, batch, length)
+        latents = plain_layer(ranks, batch, length)
         for group in (1, 3):
             check(cpu.decode, latents, queries(batch, group))
             starts = (length // 2, 0, length - 1)[:batch]
@@ -149,7 +137,7 @@ def test_cpu_equals_explicit_scores_however_it_splits(
 
 @every_rank
 def test_cpu_in_bfloat16_is_close(ranks: tuple[LayerRanks, LayerRanks]) -> None:
-    latents, query = layer(ranks, 2, 40), queries(2, 1)
+    latents, query = plain_layer(ranks, 2, 40), queries(2, 1)
     expected = attend_explicit(latents, query, None, scaling=SCALING)
     dtype = torch.bfloat16
     half = Latents(
@@ -172,7 +160,7 @@ def test_cpu_views_half_a_row_of_64_a_little_wider() -> None:
 
 
 def test_gradients_take_the_differentiable_path() -> None:
-    latents, query = layer(RANKS["odd"], 1, 9), queries(1, 2).requires_grad_()
+    latents, query = plain_layer(RANKS["odd"], 1, 9), queries(1, 2).requires_grad_()
     with mock.patch.object(cpu, "flash", side_effect=AssertionError):
         attend(latents, query, None, scaling=SCALING).sum().backward()
     assert query.grad is not None

@@ -1,8 +1,8 @@
 """The CPU's kernel in C: compiled at first use for this processor's instructions, and kept.
 
-Built by the C compiler at hand (`CC`, else cc, gcc or clang) into matkv's cache folder, under a name
-that tells source, flags and compiler. Where there is none, or it fails, torch computes the same more
-slowly: `trouble` says why. `MATKV_KERNEL=torch` asks for that.
+Built by the C compiler at hand (`CC`, else cc, gcc or clang) into matkv's cache folder, under a
+name that tells source, flags and compiler. Where there is none, or it fails, torch computes the
+same more slowly: `trouble` says why. `MATKV_KERNEL=torch` asks for that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from matkv.errors import first_line
+from matkv.errors import MatkvError, first_line
 from matkv.files import cache_home, digest
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Kernel:
     parallel: int
 
 
-class _Trouble(Exception):
+class NoKernelError(Exception):
     """Why there is no kernel, and what helps."""
 
 
@@ -66,11 +66,11 @@ def is_wanted() -> bool:
     """Whether `MATKV_KERNEL` leaves the kernel on.
 
     Raises:
-        ValueError: it has another value than "torch" or "compiled".
+        MatkvError: it has another value than "torch" or "compiled".
     """
     value = os.environ.get(SWITCH, "") or "compiled"
     if value not in ("torch", "compiled"):
-        raise ValueError(f"{SWITCH}={value!r} must be torch or compiled")
+        raise MatkvError(f"{SWITCH}={value!r} must be torch or compiled")
     return value == "compiled"
 
 
@@ -80,7 +80,7 @@ def _found() -> tuple[Kernel | None, str | None]:
         return None, None
     try:
         return built(torch.backends.cpu.get_cpu_capability()), None
-    except _Trouble as error:
+    except NoKernelError as error:
         logger.warning("decoding on the CPU without the compiled kernel, slower: %s", error)
         return None, str(error)
 
@@ -97,7 +97,7 @@ def built(instructions: str) -> Kernel:
             _compile([*command, *flags], target)
         decode = ctypes.CDLL(str(target)).matkv_decode
     except OSError as error:
-        raise _Trouble(
+        raise NoKernelError(
             f"{first_line(error)}; free space or set MATKV_CACHE to another folder"
         ) from error
     decode.argtypes, decode.restype = [ctypes.c_void_p], ctypes.c_int
@@ -108,14 +108,14 @@ def compiler() -> list[str]:
     """The C compiler's command, its program with its whole path.
 
     Raises:
-        _Trouble: there is none.
+        NoKernelError: there is none.
     """
     named = shlex.split(os.environ.get("CC", ""))
     for command in [named] if named else [[name] for name in COMPILERS]:
         if program := shutil.which(command[0]):
             return [program, *command[1:]]
     tried = named[0] if named else ", ".join(COMPILERS)
-    raise _Trouble(f"no C compiler ({tried}) was found: {REMEDY}")
+    raise NoKernelError(f"no C compiler ({tried}) was found: {REMEDY}")
 
 
 def _compile(command: Sequence[str], target: Path) -> None:
@@ -133,10 +133,11 @@ def _compile(command: Sequence[str], target: Path) -> None:
         )
         building.replace(target)
     except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if "error" in line] or ["no reason given"]
-        raise _Trouble(f"{command[0]} failed: {said[0]}; {REMEDY}") from error
+        said = [line.strip() for line in error.stderr.splitlines() if "error" in line.lower()]
+        why = said[0] if said else f"exit code {error.returncode}"
+        raise NoKernelError(f"{command[0]} failed: {why}; {REMEDY}") from error
     except subprocess.TimeoutExpired as error:
-        raise _Trouble(f"{command[0]} took longer than {SECONDS:.0f} s; {REMEDY}") from error
+        raise NoKernelError(f"{command[0]} took longer than {SECONDS:.0f} s; {REMEDY}") from error
     finally:
         building.unlink(missing_ok=True)
 

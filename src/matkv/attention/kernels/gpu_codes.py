@@ -179,7 +179,7 @@ def _keep(part_ptr, out, is_x, columns, BLOCK: tl.constexpr):
 def _described(
     layout: tuple[tuple[int, ...], ...], device: torch.device
 ) -> tuple[Tensor, dict[str, int]]:
-    """`LayerProjection.layout` on the device, and the columns of tiles that hold those of every head."""
+    """A projection's layout on the device, and the columns of tiles that hold every head's."""
     sides = {"KEY": layout[::2], "VALUE": layout[1::2]}
     numbers = {f"{side}_NUMBERS": max(one[1] for one in sides[side]) for side in sides}
     codes = {f"{side}_CODES": max(sum(one[4:]) for one in sides[side]) for side in sides}

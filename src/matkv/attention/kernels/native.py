@@ -1,9 +1,10 @@
 """Decoding on the CPU by the compiled kernel, rows.c: one call for all sequences, heads and tokens.
 
-`decode` reads the rows of matkv's own caches, `decode_pages` those in an engine's pages.
+`decode` reads the rows of matkv's own caches, `decode_paged` those in the pages of a server.
 
-Shapes: B batch, G KV head, N heads of one bucket, X query head of a KV head, T cached token,
-K block of a sequence, C row columns, M view columns, Y bytes.
+Shapes: B sequence, G KV head, N heads of one bucket, X query head of a KV head, T cached token,
+C row columns, M view columns, P columns without codes, Y bytes. In pages: K page, N token of a
+page, X page of a sequence, P and Y of all heads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from matkv.attention.kernels.compiled import kernel
-from matkv.bases.quantizer import gains
+from matkv.latents.coding import Coder
 from matkv.latents.layer import LayerProjection
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -39,42 +40,21 @@ class _Call(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Pages:
-    """Rows of many sequences' tokens in blocks of one buffer, as serving engines keep them.
+class Paged:
+    """Rows of many sequences' tokens in pages, as serving engines keep them.
 
-    Token t of sequence b lies in `memory[table_BK[b, t // block], t % block]`, with the numbers of
-    a head at the first of its two `places` there and its codes at the second (see `places_of`, or
-    any other layout). Only the first `lengths_B` tokens of each sequence are read.
-    `memory` is uint8 [blocks, block, Y], its last axis dense and the others strided anyhow;
-    `table_BK` and `lengths_B` are int32, and all of them are on the CPU.
+    Token t of sequence b is at place t % N of page `table_BX[b, t // N]`: its columns without codes
+    in `numbers_KNP`, in the model's dtype, and its bytes in `codes_KNY`, uint8. In both heads
+    follow one another in the projection's order, each with its key and its value, as `row_layout`
+    says; only the last axis must be dense, so both may be views of one buffer. A plane without
+    columns is not read, and neither is what lies behind the first `lengths_B` tokens of a sequence.
+    `table_BX` and `lengths_B` are int32.
     """
 
-    memory: Tensor
-    table_BK: Tensor
+    numbers_KNP: Tensor
+    codes_KNY: Tensor
+    table_BX: Tensor
     lengths_B: Tensor
-    places: Sequence[tuple[int, int]]
-
-
-def places_of(projection: LayerProjection, dtype: torch.dtype) -> tuple[list[tuple[int, int]], int]:
-    """Where heads, in sorted order, have numbers and codes in a token's bytes, and these bytes.
-
-    The numbers of all heads come first, so that they can be viewed in their dtype; then the codes.
-    """
-    sizes = [
-        (heads, columns * kind.itemsize, kind == torch.uint8)
-        for heads, columns, kind in projection.storages(dtype)
-    ]
-    number, code = 0, sum(heads * size for heads, size, is_codes in sizes if not is_codes)
-    numbers, codes = [], []
-    for heads, size, is_codes in sizes:
-        for _ in range(heads):
-            if is_codes:
-                codes.append(code)
-                code += size
-            else:
-                numbers.append(number)
-                number += size
-    return list(zip(numbers, codes or numbers, strict=True)), code
 
 
 def decode(
@@ -97,44 +77,50 @@ def decode(
             block, head, token, _ = row.stride()
             for n, g in enumerate(range(bucket.heads.start, bucket.heads.stop)):
                 first = HEAD * g + 3 * kind
-                heads[first : first + 3] = address + n * head * size, block * size, token * size
+                heads[first : first + 3] = [address + n * head * size, block * size, token * size]
     tokens = rows[0].shape[2]
     return _run(query_BGXM, heads, mask, scaling, tokens=tokens, block=max(1, tokens))
 
 
-def decode_pages(
+def decode_paged(
     query_BGXM: Tensor,
-    pages: Pages,
+    paged: Paged,
     projection: LayerProjection,
     scaling: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decode` of rows in pages: one query position a sequence over its own length of tokens.
 
-    `query_BGXM` is what `per_head(projection.enter(query), projection.query)` gives, heads in
-    sorted order, in the dtype of the pages' numbers; the output waits for `projection.output` and
-    `leave`. `mask` is additive, [B|1 1 1 T] with T at least the longest length. A sequence of
-    length 0 gets zeros and a log-sum-exp of minus infinity, which `parts.merge` takes as nothing.
+    Queries are `per_head(projection.enter(query_BHQD), projection.query)` in the dtype of the
+    numbers, and outputs wait for `projection.output` and `leave`, as in `cpu.decode`; see
+    `matkv.attention.latent.attend_paged` for all of it. `mask` is additive, [B|1 1 1 T], T at least
+    the longest length. A sequence of length 0 gets zeros and a log-sum-exp of minus infinity.
 
     [BGXM -> BGXM, BGX]
 
     Raises:
         RuntimeError: there is no compiled kernel here; `compiled.kernel()` tells.
     """
-    memory = pages.memory
     heads = _heads(projection.layout)
-    block, token, _ = memory.stride()
-    for g, places in enumerate(pages.places):
-        for kind, place in enumerate(places):
-            first = HEAD * g + 3 * kind
-            heads[first : first + 3] = memory.data_ptr() + place, block, token
-    table_BK, lengths_B = pages.table_BK, pages.lengths_B.contiguous()
-    assert memory.dtype == torch.uint8 and memory.stride(2) == 1
-    assert table_BK.dtype == lengths_B.dtype == torch.int32 and table_BK.stride(1) == 1
+    kinds = 1 if projection.coder is None else 2
+    storages = projection.storages(query_BGXM.dtype)
+    for kind, plane in enumerate((paged.numbers_KNP, paged.codes_KNY)[:kinds]):
+        size, (page, token, dense) = plane.element_size(), plane.stride()
+        assert dense == 1 or plane.shape[2] < 2, "columns are not dense"
+        address, g = plane.data_ptr(), 0
+        for count, columns, dtype in storages[kind::kinds]:
+            assert dtype == plane.dtype, f"pages hold {plane.dtype}, not {dtype}"
+            for _ in range(count):
+                first = HEAD * g + 3 * kind
+                heads[first : first + 3] = [address, page * size, token * size]
+                address, g = address + columns * size, g + 1
+    table_BX, lengths_B = paged.table_BX, paged.lengths_B
+    assert table_BX.dtype == lengths_B.dtype == torch.int32, "pages and lengths are not int32"
+    table_BX, lengths_B = table_BX.contiguous(), lengths_B.contiguous()
     return _run(
         query_BGXM, heads, mask, scaling,
-        table=table_BK.data_ptr(), table_stride=table_BK.stride(0), lengths=lengths_B.data_ptr(),
-        block=memory.shape[1],
+        table=table_BX.data_ptr(), table_stride=table_BX.shape[1], lengths=lengths_B.data_ptr(),
+        block=paged.numbers_KNP.shape[1],
     )  # fmt: skip
 
 
@@ -170,7 +156,8 @@ def _run(
 @cache
 def _gains() -> Tensor:
     """What every byte of a gain means.  [256], fp32"""
-    return gains(torch.arange(256))
+    zero, steps = Coder.gain_scale
+    return ((torch.arange(256) - zero) / steps).exp2()
 
 
 def _heads(layout: tuple[tuple[int, ...], ...]) -> ctypes.Array[ctypes.c_int64]:

@@ -1,0 +1,279 @@
+"""The compiled kernel against explicit scores, for all instructions that this processor has.
+
+Shapes: B batch, G KV head, H query head, K page, N token of a page, X page of a sequence, T token,
+D head dim.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import matkv
+from coded import coded, random_bands
+from explicit import attend_explicit
+from layers import BANDS, MIXED, RANKS, banded, coded_layer, plain_layer
+from matkv.attention import latent as attention
+from matkv.attention.kernels import compiled, native
+from matkv.attention.latent import attend, attend_paged
+from matkv.latents.latents import Latents
+from matkv.latents.layer import per_head
+from matkv.ranks import LayerBands
+from one_query import SCALING, D, G, check, padding, queries
+from tiny import greedy, largest_difference, left_padded, tokens
+
+KERNELS = [*compiled.INSTRUCTIONS, "DEFAULT"]
+every_mix = pytest.mark.parametrize("bands", BANDS.values(), ids=BANDS)
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def decode(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`native.decode` compiled for some instructions."""
+    with built_for(request.param):
+        yield native.decode
+
+
+@pytest.fixture(scope="module")
+def own() -> None:
+    if compiled.kernel() is None:
+        pytest.skip(f"no compiled kernel: {compiled.trouble()}")
+
+
+def built_for(instructions: str) -> Any:
+    able = torch.backends.cpu.get_cpu_capability()
+    known = KERNELS[KERNELS.index(able) if able in KERNELS else -1 :]
+    if instructions not in known:
+        pytest.skip(f"this processor, or torch on it, has no {instructions}")
+    if compiled.kernel() is None:
+        pytest.skip(f"no compiled kernel: {compiled.trouble()}")
+    one = compiled.built(instructions)
+    return mock.patch.object(native, "kernel", lambda: one)
+
+
+@every_mix
+@pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 64), (4, 131), (1, 131), (7, 65)])
+def test_codes_equal_explicit_scores(
+    decode: Any, bands: tuple[LayerBands, LayerBands], group: int, length: int
+) -> None:
+    check(decode, coded_layer(bands, 2, length), queries(2, group))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_bands_equal_explicit_scores(decode: Any, seed: int) -> None:
+    rng = random.Random(seed)
+    key, value = (tuple(random_bands(rng, D) for _ in range(G)) for _ in range(2))
+    check(decode, coded_layer((key, value), 1, 70), queries(1, 2), padding((5,), 70))
+
+
+@pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
+@pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 64), (2, 131)])
+def test_ranks_equal_explicit_scores(decode: Any, ranks: Any, group: int, length: int) -> None:
+    latents = plain_layer(ranks, 2, length)
+    check(decode, latents, queries(2, group))
+    check(decode, latents, queries(2, group), padding((0, length // 2), length))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_share_the_context_anyhow(
+    decode: Any, threads: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    latents = coded_layer(MIXED, batch, 2500)
+    check(decode, latents, queries(batch, 2))
+    check(decode, latents, queries(batch, 2), padding((0, 1100, 2499)[:batch], 2500))
+
+
+@pytest.mark.parametrize("starts", [(0, 5, 199), (70, 130, 200)], ids=str)
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+def test_padding_is_honoured(decode: Any, starts: tuple[int, ...], kind: torch.dtype) -> None:
+    check(decode, coded_layer(MIXED, 3, 201), queries(3, 2), padding(starts, 201, kind))
+
+
+def test_one_mask_is_shared_between_sequences(decode: Any) -> None:
+    check(decode, coded_layer(MIXED, 2, 70), queries(2, 1), padding((9,), 70))
+
+
+@pytest.mark.parametrize("mix", ["mixed", "key without", "nothing"])
+def test_a_query_that_sees_nothing_stays_finite(decode: Any, mix: str) -> None:
+    with mock.patch.object(attention, "_decoder", lambda *_: decode), torch.no_grad():
+        latents = coded_layer(BANDS[mix], 2, 70)
+        out = attend(latents, queries(2, 1), padding((0, 70), 70), scaling=SCALING)
+    assert bool(out.isfinite().all())
+
+
+@every_mix
+def test_exact_tokens_are_merged_by_the_sum_of_weights(
+    decode: Any, bands: tuple[LayerBands, LayerBands]
+) -> None:
+    latents = coded_layer(bands, 2, 90, sink=2, recent=3)
+    check(decode, latents, queries(2, 3))
+    check(decode, latents, queries(2, 3), padding((0, 40), 90))
+
+
+@every_mix
+@pytest.mark.parametrize(("dtype", "room"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_half_precision_is_close(
+    decode: Any, bands: tuple[LayerBands, LayerBands], dtype: torch.dtype, room: float
+) -> None:
+    latents, query = coded_layer(bands, 1, 150), queries(1, 2)
+    rows = [part if part.dtype == torch.uint8 else part.to(dtype) for part in latents.rows]
+    half = Latents(banded(bands).to(dtype), rows)
+    mask = padding((7,), 150)
+    expected = attend_explicit(half, query.to(dtype), mask, scaling=SCALING)
+    with mock.patch.object(attention, "_decoder", lambda *_: decode), torch.no_grad():
+        out = attend(half, query.to(dtype), mask, scaling=SCALING)
+    assert out.dtype == dtype
+    assert largest_difference(out, expected) < room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_it_agrees_with_torch_on_output_and_sum(decode: Any, dtype: torch.dtype) -> None:
+    """What comes back is what `cpu.decode` gives of unpacked rows, in its dtypes and shapes."""
+    latents = coded_layer(MIXED, 2, 300)
+    rows = [part if part.dtype == torch.uint8 else part.to(dtype) for part in latents.rows]
+    projection = latents.projection
+    query_BGXM = per_head(projection.enter(queries(2, 3)), projection.query).to(dtype)
+    out, lse = decode(query_BGXM, rows, projection, None, SCALING)
+    expected, sums = attention._decode_stretches(query_BGXM, rows, projection, None, SCALING)
+    assert (out.shape, out.dtype) == (expected.shape, dtype)
+    assert (lse.shape, lse.dtype) == (sums.shape, torch.float32)
+    room = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    assert largest_difference(lse, sums) < room
+    for g, ranks in enumerate(projection.ranks.tolist()):
+        kept = slice(projection.width - ranks[1], projection.width)
+        assert largest_difference(out[:, g, :, kept], expected[:, g, :, kept]) < 10 * room
+        assert not out[:, g, :, : kept.start].any()
+
+
+# ---- half precision, bit by bit
+
+
+def test_every_half_is_read_and_written_as_torch_does(decode: Any) -> None:
+    """A single token is its own output: all finite numbers of 16 bits pass through."""
+    for dtype in (torch.float16, torch.bfloat16):
+        numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+        numbers = numbers[numbers.isfinite()]
+        rows = torch.zeros(len(numbers), G, 1, 24, dtype=dtype)
+        rows[:, :, 0, 5] = numbers[:, None]
+        projection = plain_layer(((0,) * G, (D,) * G), 1, 1).projection
+        query = torch.zeros(len(numbers), G, 1, projection.width, dtype=dtype)
+        out, _ = decode(query, [rows], projection, None, SCALING)
+        assert torch.equal(out[:, 0, 0, 5 - D], numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_rounded_to_nearest_even(decode: Any, dtype: torch.dtype) -> None:
+    """Two tokens of equal weight: their mean lies halfway between neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 1 << 16, (4000,), generator=generator, dtype=torch.int32)
+    one = bits.to(torch.uint16).view(dtype)
+    other = (bits + 1).clamp_max((1 << 16) - 1).to(torch.uint16).view(dtype)
+    mean = (one.float() + other.float()) / 2
+    is_fine = mean.isfinite() & (mean.abs() < torch.finfo(dtype).max)
+    one, other, mean = one[is_fine], other[is_fine], mean[is_fine]
+    rows = torch.zeros(len(one), G, 2, D, dtype=dtype)
+    rows[:, :, 0, 0], rows[:, :, 1, 0] = one[:, None], other[:, None]
+    projection = plain_layer(((0,) * G, (D,) * G), 1, 1).projection
+    query = torch.zeros(len(one), G, 1, projection.width, dtype=dtype)
+    out, _ = decode(query, [rows], projection, None, SCALING)
+    assert torch.equal(out[:, 0, 0, -D], mean.to(dtype))
+
+
+# ---- pages
+
+
+def paged(latents: Latents, lengths: list[int], page: int, *, seed: int = 0) -> native.Paged:
+    """The rows in pages of one buffer, dealt out anyhow; what holds no token is not a number."""
+    projection, rows = latents.projection, latents.rows
+    dtype, batch = rows[0].dtype, len(lengths)
+    kinds = 1 if projection.coder is None else 2
+    planes = [
+        torch.cat([row.transpose(1, 2).flatten(2) for row in rows[kind::kinds]], dim=2)
+        for kind in range(kinds)
+    ]
+    sizes = [plane.shape[2] * plane.element_size() for plane in planes] + [0] * (2 - kinds)
+    needed = [-(-length // page) for length in lengths]
+    order = torch.randperm(
+        sum(needed) + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.int32
+    )
+    parts = [page * size for size in sizes]
+    memory = torch.full((len(order), sum(parts) // 8 * 8 + 8), 255, dtype=torch.uint8)
+    numbers, codes, _ = memory.split([*parts, memory.shape[1] - sum(parts)], dim=1)
+    numbers_KNP = numbers.view(dtype).unflatten(1, (page, sizes[0] // dtype.itemsize))
+    codes_KNY = codes.unflatten(1, (page, sizes[1]))
+    table = torch.full((batch, max(needed) + 1), -1, dtype=torch.int32)
+    taken = iter(order.tolist())
+    for b, length in enumerate(lengths):
+        for t in range(length):
+            if t % page == 0:
+                table[b, t // page] = next(taken)
+            place = table[b, t // page], t % page
+            numbers_KNP[place] = planes[0][b, t]
+            if kinds == 2:
+                codes_KNY[place] = planes[1][b, t]
+    return native.Paged(numbers_KNP, codes_KNY, table, torch.tensor(lengths, dtype=torch.int32))
+
+
+LAYERS = {
+    **{name: (coded_layer, bands) for name, bands in BANDS.items()},
+    **{f"ranks {name}": (plain_layer, ranks) for name, ranks in RANKS.items() if "all" not in name},
+}
+
+
+@pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("page", [1, 16, 48])
+def test_pages_equal_rows(decode: Any, made: Any, page: int) -> None:
+    make, table = made
+    latents, lengths = make(table, 4, 131), [131, 1, 16, 77]
+    query = queries(4, 3)
+    in_pages = paged(latents, lengths, page)
+    with torch.no_grad():
+        out = attend_paged(in_pages, latents.projection, query, SCALING)
+    for b, length in enumerate(lengths):
+        rows = [row[b : b + 1, :, :length] for row in latents.rows]
+        own = Latents(latents.projection, rows)
+        expected = attend_explicit(own, query[b : b + 1], None, scaling=SCALING)
+        assert largest_difference(out[b], expected[0]) < 2e-6
+
+
+def test_pages_take_a_mask_and_an_empty_sequence(decode: Any) -> None:
+    latents = coded_layer(MIXED, 2, 60)
+    projection = latents.projection
+    query = torch.randn(2, G, 2, projection.width, generator=torch.Generator().manual_seed(0))
+    mask = padding((20,), 60, torch.float32)
+    in_pages = paged(latents, [60, 0], 16)
+    out, lse = native.decode_paged(query, in_pages, projection, SCALING, mask)
+    rows = [row[:1] for row in latents.rows]
+    expected, sums = native.decode(query[:1], rows, projection, mask, SCALING)
+    assert torch.equal(out[:1], expected) and torch.equal(lse[:1], sums)
+    assert not out[1].any() and bool((lse[1] == -torch.inf).all())
+
+
+def test_pages_of_another_dtype_are_refused(own: None) -> None:
+    latents = coded_layer(MIXED, 1, 5)
+    in_pages = paged(latents, [5], 16)
+    query = torch.zeros(1, G, 1, latents.projection.width, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="float32"):
+        native.decode_paged(query, in_pages, latents.projection, SCALING)
+
+
+# ---- a whole model
+
+
+def test_it_generates_the_same_tokens_as_torch(own: None) -> None:
+    """A left-padded batch whose buffers grow on the way."""
+    subject = coded("llama")
+    subject.attach(ranks=subject.ragged(1))
+    ids, mask = left_padded([tokens(1, 62), tokens(1, 7, seed=1)])
+    with mock.patch.object(native, "decode", wraps=native.decode) as called:
+        fast = greedy(subject.model, ids, new=64, attention_mask=mask)
+    assert called.call_count
+    with mock.patch.object(compiled, "kernel", lambda: None):
+        assert torch.equal(greedy(subject.model, ids, new=64, attention_mask=mask), fast)
+    matkv.detach(subject.model)
