@@ -63,15 +63,24 @@ def test_what_fits_is_counted_by_the_table(
     table = Artifact.load(run).table(0.5)
     for one in (RankTable.full(table.geometry), table):
         assert f"{2**20 // one.bytes_per_token(torch.float32):,}" in ended.out
-    assert "--served-model-name mine" in ended.out
+    assert "--served-model-name mine" in ended.out and "exact tokens" not in ended.out
+
+
+def test_exact_tokens_are_passed_on_and_what_they_take_is_told(
+    matkv: Program, run: Path, started: list[list[str]]
+) -> None:
+    ended = matkv("serve", run, "--budget", "0.5", "--sink", "4", "--recent", "8")
+    assert ended.code == 0, ended.err
+    options = json.loads(after(started[0], "--additional-config"))["matkv"]
+    assert (options["sink"], options["recent"]) == (4, 8)
+    assert "12 exact tokens take as much as" in ended.out and "24 tokens" in ended.out
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (("--budget", "2"), "budget 2.0 must be in"),
-        (("--sink", "4"), "the first 4 and the last 0 tokens"),
-        (("--recent", "8"), "the last 8 tokens"),
+        (("--sink", "-4"), "-4"),
         (("--model", "/none"), "/none"),
         (("--kv-cache-memory-bytes", "much"), "'much'"),
     ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from coded import KINDS
 from matkv.attention.latent import attend
+from matkv.cache.layer import LatentLayer
 from matkv.errors import CacheError
-from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
-from matkv.vllm.attention import Step, attend_step
+from matkv.vllm.attention import Near, Step, attend_step
+from matkv.vllm.exact import ExactRows
 from matkv.vllm.pages import Layout, Pages, head_places
 from matkv.vllm.shards import Shard, projection_of, widest_row
 
@@ -88,52 +90,79 @@ def test_pages_that_are_not_aligned_are_refused() -> None:
         layout.bind(cache)
 
 
+BEFORES, NEWS = [0, 33, 5, 16, 50], [20, 1, 1, 7, 1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_step_is_attention_of_every_sequence_by_itself(kind: str, seed: int) -> None:
+@pytest.mark.parametrize("exact", [(0, 0), (4, 8), (0, 3), (2, 0), (4, 32)])
+def test_a_step_is_attention_of_every_sequence_by_itself(
+    kind: str, seed: int, exact: tuple[int, int]
+) -> None:
     """Sequences of one new token and of several, some with earlier tokens, pages in any order."""
     projection, _ = layer_of(kind, seed)
     pages = empty(Layout.of(projection, torch.float32))
-    befores, news = [0, 33, 5, 16, 50], [20, 1, 1, 7, 1]
-    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed))
-    pages_BX = order[: 5 * 4].view(5, 4)
+    rows = exact_rows(exact) if any(exact) else None
+    order = torch.randperm(COUNT - 1, generator=torch.Generator().manual_seed(seed)) + 1
+    pages_BX, exact_BX = order[:20].view(5, 4), torch.arange(1, 5 * 20 + 1).view(5, 20)
     whole = [
-        states(before + new, 10 * seed + i)
-        for i, (before, new) in enumerate(zip(befores, news, strict=True))
+        states(b + n, 10 * seed + i) for i, (b, n) in enumerate(zip(BEFORES, NEWS, strict=True))
     ]
 
-    def step_of(counts: list[int], ends: list[int], chosen: list[int]) -> Step:
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + count)
-        slots = [
-            pages_BX[b, t // PAGE] * PAGE + t % PAGE
+    def run(counts: list[int], ends: list[int], chosen: list[int]) -> Tensor:
+        step = step_of(pages_BX[chosen], PAGE, counts, ends)
+        near = None
+        if rows is not None:
+            near = Near(rows, step_of(exact_BX[chosen], EXACT_PAGE, counts, ends))
+        parts = [
+            [x[end - count : end] for x in whole[b]]
             for b, count, end in zip(chosen, counts, ends, strict=True)
-            for t in range(end - count, end)
         ]
-        return Step.of(pages_BX[chosen], torch.stack(slots), torch.tensor(ends), starts, ends)
-
-    def run(step: Step, parts: list[tuple[Tensor, ...]]) -> Tensor:
         query, key, value = (torch.cat(one) for one in zip(*parts, strict=True))
-        return attend_step(pages, projection, step, query, key, value, scaling=0.3)
+        return attend_step(pages, projection, step, query, key, value, scaling=0.3, near=near)
 
-    earlier = [b for b in range(5) if befores[b]]
-    counts = [befores[b] for b in earlier]
-    run(
-        step_of(counts, counts, earlier),
-        [tuple(x[: befores[b]] for x in whole[b]) for b in earlier],
-    )
-    ends = [before + new for before, new in zip(befores, news, strict=True)]
-    out = run(
-        step_of(news, ends, list(range(5))),
-        [tuple(x[before:] for x in one) for one, before in zip(whole, befores, strict=True)],
-    )
-    for before, (query, key, value), got in zip(befores, whole, out.split(news), strict=True):
-        rows = projection.encode(key.transpose(0, 1)[None], value.transpose(0, 1)[None])
-        wanted = attend(
-            Latents(projection, rows), query[before:].transpose(0, 1)[None], None, scaling=0.3
-        )
-        torch.testing.assert_close(got, wanted[0].transpose(0, 1), atol=2e-5, rtol=1e-4)
+    earlier = [b for b in range(5) if BEFORES[b]]
+    counts = [BEFORES[b] for b in earlier]
+    run(counts, counts, earlier)
+    out = run(NEWS, [b + n for b, n in zip(BEFORES, NEWS, strict=True)], list(range(5)))
+    for before, one, got in zip(BEFORES, whole, out.split(NEWS), strict=True):
+        wanted = by_the_cache(projection, exact, one, before)
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+EXACT_PAGE = 4
+
+
+def exact_rows(exact: tuple[int, int]) -> ExactRows:
+    """Pages of exact tokens full of what is no number: of three layers, this is the second."""
+    width, page = 3 * 2 * 2 * 16 * 4, 3 * 2 * 2 * 16 * 4 * EXACT_PAGE
+    whole = torch.full((120 * page // 4,), torch.nan).view(torch.uint8)
+    cache = whole.as_strided((110, 1, EXACT_PAGE, width), (page + 64, page, width, 1), 64)
+    return ExactRows.bind(cache, width // 3, 2, 16, torch.float32, exact)
+
+
+def step_of(pages_BX: Tensor, size: int, counts: list[int], ends: list[int]) -> Step:
+    """New tokens of sequences that have so many afterwards."""
+    slots = [
+        pages_BX[b, t // size] * size + t % size
+        for b, (count, end) in enumerate(zip(counts, ends, strict=True))
+        for t in range(end - count, end)
+    ]
+    return Step.of(pages_BX, torch.stack(slots), torch.tensor(ends), [0, *accumulate(counts)], ends)
+
+
+def by_the_cache(
+    projection: LayerProjection, exact: tuple[int, int], whole: tuple[Tensor, ...], before: int
+) -> Tensor:
+    """What matkv's own cache makes of the tokens from `before` on.  [THD]"""
+    own = copy.copy(projection)
+    own.sink, own.recent = exact
+    layer = LatentLayer(own)
+    query, key, value = (x.transpose(0, 1)[None] for x in whole)
+    for part in [slice(0, before), slice(before, None)] if before else [slice(None)]:
+        latents, _ = layer.update(key[:, :, part], value[:, :, part])
+    out_BHQD = attend(latents, query[:, :, before:], None, scaling=0.3)
+    return out_BHQD[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from matkv.errors import ArtifactError, BudgetError, MatkvError, UnsupportedMode
 from matkv.vllm import choice
 from matkv.vllm.options import options_in
 from matkv.vllm.plugin import SUPPORTED
-from matkv.vllm.refusals import check_adapters, check_exact, check_layer, check_server
+from matkv.vllm.refusals import check_adapters, check_layer, check_server
 
 
 def server(**changes: Any) -> SimpleNamespace:
@@ -28,6 +28,7 @@ def server(**changes: Any) -> SimpleNamespace:
             prefill_context_parallel_size=1,
         ),
         "load_config": SimpleNamespace(load_format="auto"),
+        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=None),
     }
     return SimpleNamespace(**known | changes)
 
@@ -36,7 +37,6 @@ def test_a_plain_server_and_a_plain_layer_pass() -> None:
     check_server(server())
     check_server(server(cache_config=SimpleNamespace(cache_dtype="bfloat16")))
     check_layer()
-    check_exact(0, 0)
     check_adapters(None, "run")
 
 
@@ -64,6 +64,13 @@ def test_what_a_server_cannot_do_is_refused(changes: dict[str, Any], told: str) 
     with pytest.raises(MatkvError, match=told) as refused:
         check_server(server(**changes))
     assert "\n" not in str(refused.value)
+
+
+def test_exact_tokens_need_pages_of_their_own() -> None:
+    alike = server(scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=True))
+    check_server(alike)
+    with pytest.raises(ArtifactError, match="--disable-hybrid-kv-cache-manager"):
+        check_server(alike, has_exact=True)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,18 @@ def attend_paged(
     return projection.leave(per_head(out_BGXM, projection.output), 1).to(query_BHQD.dtype)
 
 
+def attend_part_of(
+    latents: Latents, query_BHQD: Tensor, mask: Tensor | None, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """`attend` over rows that are a part of the tokens, and the log of the weights' sum.
+
+    No exact ones are read, see `parts.merge`. [BHQD -> BHQD, BHQ]
+    """
+    mask = None if mask is None else additive(mask, latents.rows[0].dtype)
+    out_BHQD, lse_BGX = _attend_rows(latents, query_BHQD, mask, scaling, 0.0, attend_part)
+    return out_BHQD, latents.projection.leave(lse_BGX, query_BHQD.shape[2])
+
+
 def _attend_both(
     latents: Latents,
     exact: Exact,

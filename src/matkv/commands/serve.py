@@ -31,7 +31,7 @@ from matkv.vllm.checkpoint import fingerprint
 from matkv.vllm.choice import adapter
 from matkv.vllm.options import Options
 from matkv.vllm.plugin import NAME, OPTIONS
-from matkv.vllm.refusals import check_adapters, check_exact, check_layer
+from matkv.vllm.refusals import check_adapters, check_layer
 
 # vLLM reads what is passed on.
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -61,8 +61,6 @@ def serve_command(
     setting = way.at(budget)
     table = setting.table(artifact)
     assert table is not None
-    sink, recent = setting.exact(artifact)
-    check_exact(sink, recent)
     check_adapters(artifact.lora, str(run))
     name = model or artifact.base_model
     if not name:
@@ -83,7 +81,8 @@ def serve_command(
     passed_on = [*([] if size is None else [MEMORY, str(size)]), *context.args]
     command = _command(source, name, options, passed_on)
     console.out.print(shlex.join(command), soft_wrap=True)
-    console.out.print(_fits(table, size or GIB, _dtype(config, passed_on)))
+    exact = sum(setting.exact(artifact))
+    console.out.print(_fits(table, exact, size or GIB, _dtype(config, passed_on)))
     if dry_run:
         return
     _require_vllm()
@@ -125,8 +124,8 @@ def _dtype(config: PreTrainedConfig, passed_on: list[str]) -> torch.dtype:
     return torch.bfloat16 if stored == torch.float32 else stored
 
 
-def _fits(table: RankTable, memory: int, dtype: torch.dtype) -> Table:
-    """Bytes of a token, and the tokens of a memory."""
+def _fits(table: RankTable, exact: int, memory: int, dtype: torch.dtype) -> Table:
+    """Bytes of a token, the tokens of a memory, and what so many exact ones of a request take."""
     full = RankTable.full(table.geometry).bytes_per_token(dtype)
     kept = table.bytes_per_token(dtype)
     shown = Table(title=f"cache in {str(dtype).removeprefix('torch.')}")
@@ -135,6 +134,9 @@ def _fits(table: RankTable, memory: int, dtype: torch.dtype) -> Table:
     shown.add_row("bytes a token", f"{full:,}", f"{kept:,}")
     what = f"tokens in {bytes_text(memory)}"
     shown.add_row(what, f"{memory // full:,}", f"{memory // kept:,} ({full / kept:.2f}×)")
+    if exact:
+        took = f"{-(-exact * full // kept):,} tokens"
+        shown.add_row(f"a request's {exact} exact tokens take as much as", "", took)
     return shown
 
 

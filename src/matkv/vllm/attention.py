@@ -12,9 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from matkv.attention.latent import attend
+from matkv.attention.latent import attend, attend_part_of
+from matkv.attention.parts import merge
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection, joined
+from matkv.vllm.exact import ExactRows
 from matkv.vllm.pages import Pages
 
 
@@ -79,6 +81,14 @@ class Step:
         return len(self.slots_T)
 
 
+@dataclass(frozen=True)
+class Near:
+    """The exact tokens of a layer, and where those of the step are."""
+
+    rows: ExactRows
+    step: Step
+
+
 def attend_step(
     pages: Pages,
     projection: LayerProjection,
@@ -88,17 +98,25 @@ def attend_step(
     value_TGD: Tensor,
     *,
     scaling: float,
+    near: Near | None = None,
 ) -> Tensor:
     """Put the new tokens into their pages, and let them read all up to themselves.  [THD]"""
-    states_BGTF = joined(key_TGD, value_TGD).transpose(0, 1)[None]
-    pages.write(projection.encode_states(states_BGTF), step.slots_T)
+    states_TGF = joined(key_TGD, value_TGD)
+    pages.write(projection.encode_states(states_TGF.transpose(0, 1)[None]), step.slots_T)
+    if near is not None:
+        near.rows.write(states_TGF, near.step.slots_T)
     out_THD = torch.empty_like(query_THD)
     if len(step.ones):
-        out_THD[step.queries] = _decode(pages, projection, step, query_THD, scaling)
+        out_THD[step.queries] = _decode(pages, projection, step, query_THD, scaling, near)
     for span in step.spans:
+        seen, exact = slice(0, span.length), None
+        if near is not None:
+            seen = near.rows.far(span.length)
+            own_X = near.step.pages_BX[span.sequence]
+            exact = near.rows.span(states_TGF[span.tokens], own_X, span.length)
         needed = -(-span.length // pages.tokens)
         rows = pages.read(step.pages_BX[span.sequence, None, :needed])
-        latents = Latents(projection, [one[:, :, : span.length] for one in rows])
+        latents = Latents(projection, [one[:, :, seen] for one in rows], exact)
         query_BHQD = query_THD[span.tokens].transpose(0, 1)[None]
         out_BHQD = attend(latents, query_BHQD, None, scaling=scaling)
         out_THD[span.tokens] = out_BHQD[0].transpose(0, 1)
@@ -106,17 +124,38 @@ def attend_step(
 
 
 def _decode(
-    pages: Pages, projection: LayerProjection, step: Step, query_THD: Tensor, scaling: float
+    pages: Pages,
+    projection: LayerProjection,
+    step: Step,
+    query_THD: Tensor,
+    scaling: float,
+    near: Near | None,
 ) -> Tensor:
     """The sequences with one new token, all at once.  [BHD]"""
     needed = -(-step.longest // pages.tokens)
     rows = pages.read(step.pages_BX[step.ones, :needed])
-    length_B = step.lengths_B[step.ones]
-    is_token_BL = torch.arange(rows[0].shape[2], device=length_B.device) < length_B[:, None]
-    mask = None
-    if not bool(is_token_BL.all()):
-        mask = is_token_BL[:, None, None]
-        for one in rows:  # whatever is in pages of others: not a number, perhaps
-            one.masked_fill_(~is_token_BL[:, None, :, None], 0)
+    length_B = step.lengths_B[step.ones].long()
+    place_L = torch.arange(rows[0].shape[2], device=length_B.device)
     query_BHQD = query_THD[step.queries][:, :, None]
-    return attend(Latents(projection, rows), query_BHQD, mask, scaling=scaling)[:, :, 0]
+    if near is None:
+        mask = _hide(rows, place_L < length_B[:, None])
+        return attend(Latents(projection, rows), query_BHQD, mask, scaling=scaling)[:, :, 0]
+    exact = near.rows
+    near_BHQD, lse_near_BHQ = exact.near(
+        query_BHQD, near.step.pages_BX[near.step.ones], length_B, scaling
+    )
+    is_far_BL = (place_L >= exact.sink) & (place_L < length_B[:, None] - exact.reach)
+    mask = _hide(rows, is_far_BL)
+    far_BHQD, lse_far_BHQ = attend_part_of(
+        Latents(projection, rows), query_BHQD, mask, scaling=scaling
+    )
+    return merge(far_BHQD, lse_far_BHQ, near_BHQD, lse_near_BHQ)[:, :, 0]
+
+
+def _hide(rows: list[Tensor], is_seen_BL: Tensor) -> Tensor | None:
+    """A mask of the tokens that are not seen, whose rows may be of others, and no numbers."""
+    if bool(is_seen_BL.all()):
+        return None
+    for one in rows:
+        one.masked_fill_(~is_seen_BL[:, None, :, None], 0)
+    return is_seen_BL[:, None, None]

@@ -14,8 +14,8 @@ WHOLE_CACHE = "serve this model without matkv"
 OWN_DTYPE = ("auto", "float16", "bfloat16", "float32")
 
 
-def check_server(config: Any) -> None:
-    """Refuse what vLLM was told of the whole server.
+def check_server(config: Any, *, has_exact: bool = False) -> None:
+    """Refuse what vLLM was told of the whole server; `has_exact` where some tokens are kept exact.
 
     Raises:
         UnsupportedModelError, ArtifactError: see the message.
@@ -47,6 +47,11 @@ def check_server(config: Any) -> None:
             raise UnsupportedModelError(
                 f"{option} {size} is untried on latents: use --tensor-parallel-size"
             )
+    if has_exact and config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ArtifactError(
+            "--disable-hybrid-kv-cache-manager leaves exact tokens no pages of their own: leave it "
+            'out, or serve without exact tokens by "sink": 0, "recent": 0'
+        )
     if config.load_config.load_format == "dummy":
         raise ArtifactError(
             "--load-format dummy has weights that no artifact was made for: load the model's own"
@@ -82,20 +87,6 @@ def check_layer(
                 f"a layer of the model {what}, which latents cannot reproduce in vLLM: "
                 f"{WHOLE_CACHE}"
             )
-
-
-def check_exact(sink: int, recent: int) -> None:
-    """Refuse exact tokens, which pages do not hold.
-
-    Raises:
-        ArtifactError: some are wanted.
-    """
-    if sink or recent:
-        raise ArtifactError(
-            f"the first {sink} and the last {recent} tokens are to be kept exact, and pages hold "
-            "latents alone: serve without exact tokens, which costs quality at small budgets, by "
-            '"sink": 0, "recent": 0 (--sink 0 --recent 0)'
-        )
 
 
 def check_adapters(lora: Any, artifact: str) -> None:

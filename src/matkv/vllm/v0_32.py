@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -28,13 +29,15 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from matkv.artifact.artifact import Artifact
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import Geometry, LayerShape, RankTable
-from matkv.vllm.attention import Step, attend_step
+from matkv.vllm.attention import Near, Step, attend_step
 from matkv.vllm.checkpoint import fingerprint
+from matkv.vllm.exact import ExactRows
 from matkv.vllm.options import Options, options_in
 from matkv.vllm.pages import Layout, Pages
 from matkv.vllm.plugin import NAME
-from matkv.vllm.refusals import check_adapters, check_exact, check_layer, check_server
+from matkv.vllm.refusals import check_adapters, check_layer, check_server
 from matkv.vllm.shards import Shard, projection_of, widest_row
+from matkv.vllm.v0_32_exact import ExactLayer
 
 
 class Backend(AttentionBackend):
@@ -132,11 +135,13 @@ class LatentAttention(AttentionImpl[Step]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.config = get_current_vllm_config()
-        check_server(self.config)
         options = options_in(self.config.additional_config)
         self.artifact, self.table = _opened(options, *_model(self.config, head_size))
+        self.exact = options.setting.exact(self.artifact)
+        check_server(self.config, has_exact=any(self.exact))
         self.projection: LayerProjection | None = None
         self.pages: Pages | None = None
+        self.rows: ExactRows | None = None
         self.bound: tuple[int, torch.Size] | None = None
 
     @torch.inference_mode(False)
@@ -151,7 +156,14 @@ class LatentAttention(AttentionImpl[Step]):
         self.projection = projection.to(device, act_dtype).requires_grad_(False)
         self.layout = Layout.of(projection, act_dtype)
         width = widest_row(self.table, index, shard.processes, act_dtype)
-        layer.attn_backend = type("Backend", (Backend,), {"customize_spec": _Packed(width)})
+        self.index, backend = index, type("Backend", (Backend,), {"customize_spec": _Packed(width)})
+        layer.attn_backend = backend
+        if any(self.exact):
+            backend.supported_kv_cache_layouts = staticmethod(_block_outermost)
+            name = f"{ExactLayer.NAME}.{len(self.table.geometry.layers)}"
+            if name not in layers:
+                layers[name] = _exact_layer(self.table, self.exact, shard, act_dtype)
+            self.exact_name, self.exact_layer = name, layers[name]
 
     def forward(
         self,
@@ -169,15 +181,20 @@ class LatentAttention(AttentionImpl[Step]):
         if attn_metadata is None:  # vLLM measures what a step takes, without a cache
             return output.zero_()
         assert self.projection is not None and output_scale is None and output_block_scale is None
-        tokens = attn_metadata.tokens
+        tokens, pages = attn_metadata.tokens, self._bound(kv_cache)
+        near = None
+        if self.rows is not None:
+            steps: Any = get_forward_context().attn_metadata
+            near = Near(self.rows, steps[self.exact_name])
         output[:tokens] = attend_step(
-            self._bound(kv_cache),
+            pages,
             self.projection,
             attn_metadata,
             query[:tokens],
             key[:tokens],
             value[:tokens],
             scaling=self.scale,
+            near=near,
         )
         return output
 
@@ -186,7 +203,34 @@ class LatentAttention(AttentionImpl[Step]):
         place = cache.data_ptr(), cache.shape
         if self.pages is None or self.bound != place:
             self.pages, self.bound = self.layout.bind(cache), place
+            if any(self.exact):
+                heads, dim, dtype = self.num_kv_heads, self.head_size, self.layout.dtype
+                first = self.index * heads * 2 * dim * dtype.itemsize
+                cache = self.exact_layer.kv_cache
+                self.rows = ExactRows.bind(cache, first, heads, dim, dtype, self.exact)
         return self.pages
+
+
+def _block_outermost() -> tuple[KVCacheLayout, ...]:
+    """Where pages of latents and of exact tokens take turns in one memory."""
+    return (KVCacheLayout.BLHNC,)
+
+
+def _exact_layer(
+    table: RankTable, exact: tuple[int, int], shard: Shard, dtype: torch.dtype
+) -> ExactLayer:
+    """The layer of all layers' exact tokens, of one process."""
+    layers = range(len(table.geometry.layers))
+    full = RankTable.full(table.geometry)
+    backend = type("ExactBackend", (Backend,), {
+        "get_supported_kernel_block_sizes": staticmethod(lambda spec=None: [MultipleOf(1)]),
+        "supported_kv_cache_layouts": staticmethod(_block_outermost),
+    })  # fmt: skip
+    token, latent = (
+        sum(widest_row(one, layer, shard.processes, dtype) for layer in layers)
+        for one in (full, table)
+    )
+    return ExactLayer(backend, exact, token, latent)
 
 
 class _Packed:
@@ -218,7 +262,6 @@ def _opened(
     """The artifact and its ranks, checked against the model."""
     artifact, table = options.open()
     check_adapters(artifact.lora, options.artifact)
-    check_exact(*options.setting.exact(artifact))
     config = get_current_vllm_config().model_config.hf_config
     artifact.check(geometry, fingerprint(model, config, revision=revision, cache=cache))
     return artifact, table
