@@ -43,10 +43,14 @@ class Served:
         return engine.run(arguments | changes, list(rounds))
 
 
-def serve(subject: Tiny, folder: Path, seed: int, **exact: int) -> Served:
+def serve(subject: Tiny, folder: Path, seed: int, exact: tuple[int, int] = (0, 0)) -> Served:
     table = subject.ragged(seed)
     artifact = replace(
-        subject.artifact, tables={0.5: table}, base_model=str(folder / "model"), **exact
+        subject.artifact,
+        tables={0.5: table},
+        base_model=str(folder / "model"),
+        sink=exact[0],
+        recent=exact[1],
     )
     subject.model.save_pretrained(folder / "model")
     artifact.save(folder / "run")
@@ -64,13 +68,13 @@ def serve(subject: Tiny, folder: Path, seed: int, **exact: int) -> Served:
     return Served(folder / "model", folder / "run", prompts, wanted, table)
 
 
-EXACT = {"latents": {}, "exact": {"sink": 4, "recent": 8}}
+EXACT = {"latents": (0, 0), "exact": (4, 8)}
 
 
 @pytest.fixture(scope="module", params=[(kind, exact) for kind in KINDS for exact in EXACT])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     kind, exact = request.param
-    return serve(KINDS[kind]("llama"), tmp_path_factory.mktemp(kind), seed=3, **EXACT[exact])
+    return serve(KINDS[kind]("llama"), tmp_path_factory.mktemp(kind), 3, EXACT[exact])
 
 
 @pytest.fixture(scope="module")

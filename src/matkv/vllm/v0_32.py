@@ -156,14 +156,15 @@ class LatentAttention(AttentionImpl[Step]):
         self.projection = projection.to(device, act_dtype).requires_grad_(False)
         self.layout = Layout.of(projection, act_dtype)
         width = widest_row(self.table, index, shard.processes, act_dtype)
-        self.index, backend = index, type("Backend", (Backend,), {"customize_spec": _Packed(width)})
-        layer.attn_backend = backend
+        packing: dict[str, Any] = {"customize_spec": _Packed(width)}
+        self.index = index
         if any(self.exact):
-            backend.supported_kv_cache_layouts = staticmethod(_block_outermost)
+            packing["supported_kv_cache_layouts"] = staticmethod(_block_outermost)
             name = f"{ExactLayer.NAME}.{len(self.table.geometry.layers)}"
             if name not in layers:
                 layers[name] = _exact_layer(self.table, self.exact, shard, act_dtype)
             self.exact_name, self.exact_layer = name, layers[name]
+        layer.attn_backend = type("Backend", (Backend,), packing)
 
     def forward(
         self,

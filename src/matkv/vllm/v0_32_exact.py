@@ -64,9 +64,9 @@ class ExactManager(SlidingWindowManager):
         count = sum(self.windows.needs(one, num_tokens) for one in self._new(first, num_tokens))
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             count = min(count, self.max_admission_blocks_per_request)
-        if request_id in self.num_cached_block:
-            return count
-        return count + self._get_num_evictable_blocks(new_computed_blocks)
+        if request_id not in self.num_cached_block:
+            count += self._get_num_evictable_blocks(new_computed_blocks)
+        return int(count)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -110,7 +110,8 @@ class ExactManager(SlidingWindowManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.dropped.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        return blocks
 
     @classmethod
     def reachable_block_mask(cls, *arguments: Any, **options: Any) -> None:
