@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from coded import KINDS
+from matkv.attention.kernels import compiled
 from matkv.attention.latent import attend
 from matkv.cache.layer import LatentLayer
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
+from matkv.vllm import attention
 from matkv.vllm.attention import Near, Step, attend_step
 from matkv.vllm.exact import ExactRows
 from matkv.vllm.pages import Layout, Pages, head_places
@@ -96,10 +98,15 @@ BEFORES, NEWS = [0, 33, 5, 16, 50], [20, 1, 1, 7, 1]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("exact", [(0, 0), (4, 8), (0, 3), (2, 0), (4, 32)])
+@pytest.mark.parametrize("by", ["torch", "compiled"])
 def test_a_step_is_attention_of_every_sequence_by_itself(
-    kind: str, seed: int, exact: tuple[int, int]
+    kind: str, seed: int, exact: tuple[int, int], by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences of one new token and of several, some with earlier tokens, pages in any order."""
+    if by == "torch":
+        monkeypatch.setattr(attention, "_has_kernel", lambda query: False)
+    elif compiled.kernel() is None:
+        pytest.skip("there is no C compiler")
     projection, _ = layer_of(kind, seed)
     pages = empty(Layout.of(projection, torch.float32))
     rows = exact_rows(exact) if any(exact) else None

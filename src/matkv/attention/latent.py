@@ -60,17 +60,25 @@ def attend(
 
 
 def attend_paged(
-    paged: native.Paged, projection: LayerProjection, query_BHQD: Tensor, scaling: float
-) -> Tensor:
-    """Attention of one query position a sequence over its tokens in pages.  [BHQD -> BHQD], Q = 1
+    paged: native.Paged,
+    projection: LayerProjection,
+    query_BHQD: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position a sequence over its tokens in pages, Q = 1.
+
+    `mask` [B|1 1 1 T] is additive. The second result is the log of the weights' sum, minus infinity
+    where a sequence has no tokens.  [BHQD -> BHQD, BHQ]
 
     Raises:
         RuntimeError: there is no compiled kernel here; `compiled.kernel()` tells.
     """
     dtype = paged.numbers_KNP.dtype
     query_BGXM = per_head(projection.enter(query_BHQD), projection.query).to(dtype)
-    out_BGXM, _ = native.decode_paged(query_BGXM, paged, projection, scaling)
-    return projection.leave(per_head(out_BGXM, projection.output), 1).to(query_BHQD.dtype)
+    out_BGXM, lse_BGX = native.decode_paged(query_BGXM, paged, projection, scaling, mask)
+    out_BHQD = projection.leave(per_head(out_BGXM, projection.output), 1)
+    return out_BHQD.to(query_BHQD.dtype), projection.leave(lse_BGX, 1)
 
 
 def attend_part_of(

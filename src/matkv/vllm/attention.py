@@ -12,7 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from matkv.attention.latent import attend, attend_part_of
+from matkv.attention.kernels import compiled, native
+from matkv.attention.latent import attend, attend_paged, attend_part_of
+from matkv.attention.masks import additive
 from matkv.attention.parts import merge
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection, joined
@@ -132,24 +134,64 @@ def _decode(
     near: Near | None,
 ) -> Tensor:
     """The sequences with one new token, all at once.  [BHD]"""
-    needed = -(-step.longest // pages.tokens)
-    rows = pages.read(step.pages_BX[step.ones, :needed])
-    length_B = step.lengths_B[step.ones].long()
-    place_L = torch.arange(rows[0].shape[2], device=length_B.device)
     query_BHQD = query_THD[step.queries][:, :, None]
+    length_B = step.lengths_B[step.ones].long()
+    far = _decode_compiled if _has_kernel(query_THD) else _decode_gathered
     if near is None:
-        mask = _hide(rows, place_L < length_B[:, None])
-        return attend(Latents(projection, rows), query_BHQD, mask, scaling=scaling)[:, :, 0]
-    exact = near.rows
-    near_BHQD, lse_near_BHQ = exact.near(
+        return far(pages, projection, step, query_BHQD, length_B, 0, scaling)[0][:, :, 0]
+    rows = near.rows
+    far_BHQD, lse_far_BHQ = far(
+        pages, projection, step, query_BHQD, length_B - rows.reach, rows.sink, scaling
+    )
+    near_BHQD, lse_near_BHQ = rows.near(
         query_BHQD, near.step.pages_BX[near.step.ones], length_B, scaling
     )
-    is_far_BL = (place_L >= exact.sink) & (place_L < length_B[:, None] - exact.reach)
-    mask = _hide(rows, is_far_BL)
-    far_BHQD, lse_far_BHQ = attend_part_of(
-        Latents(projection, rows), query_BHQD, mask, scaling=scaling
-    )
     return merge(far_BHQD, lse_far_BHQ, near_BHQD, lse_near_BHQ)[:, :, 0]
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """Whether the compiled kernel reads pages here; without it they are gathered."""
+    return query.device.type == "cpu" and compiled.kernel() is not None
+
+
+def _decode_compiled(
+    pages: Pages,
+    projection: LayerProjection,
+    step: Step,
+    query_BHQD: Tensor,
+    end_B: Tensor,
+    first: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the tokens from `first` to `end_B`, read where they are.  [BHQD, BHQ]"""
+    in_pages = native.Paged(
+        pages.numbers_KNP,
+        pages.codes_KNY,
+        step.pages_BX[step.ones].int(),
+        end_B.clamp_min(0).int(),
+    )
+    mask = None
+    if first:
+        is_seen_L = torch.arange(step.longest) >= first
+        mask = additive(is_seen_L[None, None, None], pages.numbers_KNP.dtype)
+    return attend_paged(in_pages, projection, query_BHQD, scaling, mask)
+
+
+def _decode_gathered(
+    pages: Pages,
+    projection: LayerProjection,
+    step: Step,
+    query_BHQD: Tensor,
+    end_B: Tensor,
+    first: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """`_decode_compiled` by torch alone, on a copy of the pages."""
+    needed = -(-step.longest // pages.tokens)
+    rows = pages.read(step.pages_BX[step.ones, :needed])
+    place_L = torch.arange(rows[0].shape[2], device=end_B.device)
+    mask = _hide(rows, (place_L >= first) & (place_L < end_B[:, None]))
+    return attend_part_of(Latents(projection, rows), query_BHQD, mask, scaling=scaling)
 
 
 def _hide(rows: list[Tensor], is_seen_BL: Tensor) -> Tensor | None:

@@ -234,7 +234,7 @@ def test_pages_equal_rows(decode: Any, made: Any, page: int) -> None:
     query = queries(4, 3)
     in_pages = paged(latents, lengths, page)
     with torch.no_grad():
-        out = attend_paged(in_pages, latents.projection, query, SCALING)
+        out, _ = attend_paged(in_pages, latents.projection, query, SCALING)
     for b, length in enumerate(lengths):
         rows = [row[b : b + 1, :, :length] for row in latents.rows]
         own = Latents(latents.projection, rows)
