@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matkv.attention.exact import attend_exact
-from matkv.attention.kernels import compiled, cpu, native
+from matkv.attention.kernels import cpu, native
 from matkv.attention.masks import additive, causal_bias, far_mask
 from matkv.attention.parts import attend_part, even_lse, flows, merge
 from matkv.errors import UnsupportedModelError
+from matkv.latents import compiled
 from matkv.latents.latents import Exact, Latents
 from matkv.latents.layer import LayerProjection, per_head
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.records import Record, hardware, versions
-from matkv.attention.kernels import compiled
 from matkv.errors import ArtifactError
 from matkv.hf.geometry import geometry_of
 from matkv.hf.weights import fingerprint
+from matkv.latents import compiled
 from matkv.models.default import INSTALL_WEIGHTS
 from matkv.models.dtype import as_device, devices, fastest, has_fast, short
 from matkv.models.gguf import INSTALL_CONVERTER

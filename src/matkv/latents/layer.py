@@ -19,6 +19,7 @@ from matkv.bases.maps import Maps
 from matkv.codes import Bands, plain_bands
 from matkv.errors import RankError
 from matkv.latents.coding import Coder, SideCoding, row_layout, row_sizes
+from matkv.latents.native import can_encode, encode
 from matkv.ranks import LayerRanks, RankTable
 
 # Columns that the query and output maps have to spare, zeros, for kernels that prefer wider views.
@@ -139,6 +140,10 @@ class LayerProjection(nn.Module):
 
     def encode_states(self, states_BGTF: Tensor) -> list[Tensor]:
         """`encode` of states that are `joined`."""
+        if self.coder is not None and can_encode(self.coder, states_BGTF):
+            buckets = [bucket.heads for bucket in self.buckets]
+            storages = self.storages(states_BGTF.dtype)
+            return encode(self.coder, states_BGTF, self.order, self.layout, storages, buckets)
         states_BGTF = self.sort(states_BGTF)
         if self.coder is not None:
             y_BGTF = self.coder.coordinates(states_BGTF)

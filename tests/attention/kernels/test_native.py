@@ -19,8 +19,9 @@ from coded import coded, random_bands
 from explicit import attend_explicit
 from layers import BANDS, MIXED, RANKS, banded, coded_layer, plain_layer
 from matkv.attention import latent as attention
-from matkv.attention.kernels import compiled, native
+from matkv.attention.kernels import native
 from matkv.attention.latent import attend, attend_paged
+from matkv.latents import compiled
 from matkv.latents.latents import Latents
 from matkv.latents.layer import per_head
 from matkv.ranks import LayerBands

@@ -12,19 +12,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from matkv.attention.kernels.compiled import kernel
 from matkv.latents.coding import Coder
+from matkv.latents.compiled import kernel
 from matkv.latents.layer import LayerProjection
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Of a head: address, bytes to the next block and to the next token, of numbers and then of codes;
-# then `row_layout` of key and value.
-PLACES, HEAD = 6, 20
+from matkv.latents.native import DTYPES, HEAD, fill, heads_of
 
 
 class _Call(ctypes.Structure):
@@ -69,15 +65,8 @@ def decode(
     [BGXM -> BGXM, BGX]
     """
     rows = [row if row.stride(3) == 1 or row.shape[3] < 2 else row.contiguous() for row in rows]
-    heads = _heads(projection.layout)
-    kinds = 1 if projection.coder is None else 2
-    for index, bucket in enumerate(projection.buckets):
-        for kind, row in enumerate(rows[kinds * index : kinds * (index + 1)]):
-            address, size = row.data_ptr(), row.element_size()
-            block, head, token, _ = row.stride()
-            for n, g in enumerate(range(bucket.heads.start, bucket.heads.stop)):
-                first = HEAD * g + 3 * kind
-                heads[first : first + 3] = [address + n * head * size, block * size, token * size]
+    heads = heads_of(projection.layout)
+    fill(heads, rows, [bucket.heads for bucket in projection.buckets])
     tokens = rows[0].shape[2]
     return _run(query_BGXM, heads, mask, scaling, tokens=tokens, block=max(1, tokens))
 
@@ -101,7 +90,7 @@ def decode_paged(
     Raises:
         RuntimeError: there is no compiled kernel here; `compiled.kernel()` tells.
     """
-    heads = _heads(projection.layout)
+    heads = heads_of(projection.layout)
     kinds = 1 if projection.coder is None else 2
     storages = projection.storages(query_BGXM.dtype)
     for kind, plane in enumerate((paged.numbers_KNP, paged.codes_KNY)[:kinds]):
@@ -158,19 +147,3 @@ def _gains() -> Tensor:
     """What every byte of a gain means.  [256], fp32"""
     zero, steps = Coder.gain_scale
     return ((torch.arange(256) - zero) / steps).exp2()
-
-
-def _heads(layout: tuple[tuple[int, ...], ...]) -> ctypes.Array[ctypes.c_int64]:
-    """Places yet to be filled in, and the layout of every head."""
-    template, number = _template(layout)
-    return (ctypes.c_int64 * number).from_buffer_copy(template)
-
-
-@lru_cache(maxsize=4096)
-def _template(layout: tuple[tuple[int, ...], ...]) -> tuple[bytes, int]:
-    numbers = [
-        number
-        for key, value in zip(layout[::2], layout[1::2], strict=True)
-        for number in (*(0,) * PLACES, *key, *value)
-    ]
-    return bytes((ctypes.c_int64 * len(numbers))(*numbers)), len(numbers)

@@ -745,3 +745,96 @@ int matkv_decode(const struct call *call) {
   free(job.items), free(parts);
   return job.failed;
 }
+
+/* ---- rows of new tokens */
+
+struct encoding {
+  const char *states;    /* [B G T F], heads in the model's order, F = 2 D, dense */
+  const char *maps;      /* [G F F] to columns of unit variance, a block of D each for both sides */
+  const char *steps;     /* [G F] */
+  const int64_t *order;  /* [G]: a head's place among the states */
+  const struct head *heads; /* where its rows go: `block` is here the sequence */
+  int64_t B, G, T, D, dtype, map_dtype, state_b, state_g, state_t; /* strides in numbers */
+  int64_t gain_zero, gain_steps;
+};
+
+/* Codes of one band, packed: plane p has the columns from p size on. */
+static void pack(uint8_t *out, const float *y, const float *step, float gain, int64_t n, int width) {
+  int64_t planes = 8 / width, size = (n + planes - 1) / planes;
+  float half = (float)(1 << (width - 1));
+  memset(out, 0, size);
+  for (int64_t j = 0; j < n; j++) {
+    float code = floorf(y[j] / gain / step[j]);
+    code = code < -half ? -half : code > half - 1 ? half - 1 : code;
+    out[j % size] |= (uint8_t)((int)(code + half) << (j / size * width));
+  }
+}
+
+static void encode_side(const struct encoding *call, const struct side *side, const float *y,
+                        const float *step, char *numbers, uint8_t *codes) {
+  int64_t itemsize = call->dtype == FP32 ? 4 : 2;
+  for (int64_t j = 0; j < side->numbers; j++)
+    store_number(numbers + (side->column + j) * itemsize, y[j], (int)call->dtype);
+  if (side->gain < 0) return;
+  float size = 1e-12f;
+  for (int64_t j = 0; j < call->D; j++) size = fabsf(y[j]) > size ? fabsf(y[j]) : size;
+  float zero = (float)call->gain_zero, steps = (float)call->gain_steps;
+  float code = rintf(log2f(size) * steps) + zero;
+  code = code < 0 ? 0 : code > 255 ? 255 : code;
+  codes[side->gain] = (uint8_t)code;
+  float gain = exp2f((code - zero) / steps);
+  const int64_t counts[] = {side->eight, side->four, side->two};
+  int64_t byte = side->byte, column = side->numbers;
+  for (int band = 0; band < 3; band++) {
+    int width = 8 >> band;
+    pack(codes + byte, y + column, step + column, gain, counts[band], width);
+    byte += (counts[band] * width + 7) / 8, column += counts[band];
+  }
+}
+
+/* y = x E, of one side. */
+static void coordinates(const struct encoding *call, float *y, const float *x, const char *map) {
+  int64_t D = call->D, size = call->map_dtype == FP32 ? 4 : 2;
+  for (int64_t j = 0; j < D; j++) y[j] = 0;
+  for (int64_t i = 0; i < D; i++) {
+    const char *row = map + i * 2 * D * size;
+    int64_t j = 0;
+    for (; j + W <= D; j += W) {
+      floats sum, e = call->map_dtype == FP32   ? numbers_at(row + j * size, FP32)
+                      : call->map_dtype == BF16 ? numbers_at(row + j * size, BF16)
+                                                : numbers_at(row + j * size, FP16);
+      memcpy(&sum, y + j, sizeof sum);
+      sum += e * x[i];
+      memcpy(y + j, &sum, sizeof sum);
+    }
+    for (; j < D; j++) y[j] += x[i] * number_at(row + j * size, (int)call->map_dtype);
+  }
+}
+
+/* Rows of new tokens, numbers and codes, into their places; 0, or 1 without memory. */
+int matkv_encode(const struct encoding *call) {
+  int64_t D = call->D, F = 2 * D, itemsize = call->dtype == FP32 ? 4 : 2;
+  int64_t map_size = call->map_dtype == FP32 ? 4 : 2;
+  float *x = malloc((3 * F) * sizeof(float)), *y = x + F, *step = x + 2 * F;
+  if (!x) return 1;
+  for (int64_t g = 0; g < call->G; g++) {
+    const struct head *head = &call->heads[g];
+    for (int64_t j = 0; j < F; j++)
+      step[j] = number_at(call->steps + (g * F + j) * map_size, (int)call->map_dtype);
+    for (int64_t b = 0; b < call->B; b++)
+      for (int64_t t = 0; t < call->T; t++) {
+        int64_t place = b * call->state_b + call->order[g] * call->state_g + t * call->state_t;
+        for (int64_t j = 0; j < F; j++)
+          x[j] = number_at(call->states + (place + j) * itemsize, (int)call->dtype);
+        for (int side = 0; side < 2; side++)
+          coordinates(call, y + side * D, x + side * D,
+                      call->maps + ((g * F + side * D) * F + side * D) * map_size);
+        char *numbers = (char *)head->numbers + b * head->numbers_block + t * head->numbers_token;
+        uint8_t *codes = (uint8_t *)head->codes + b * head->codes_block + t * head->codes_token;
+        encode_side(call, &head->key, y, step, numbers, codes);
+        encode_side(call, &head->value, y + D, step + D, numbers, codes);
+      }
+  }
+  free(x);
+  return 0;
+}

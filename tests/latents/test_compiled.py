@@ -15,11 +15,12 @@ import torch
 
 from layers import MIXED, coded_layer
 from matkv.attention import latent as attention
-from matkv.attention.kernels import compiled, cpu, native
+from matkv.attention.kernels import cpu, native
 from matkv.errors import MatkvError
+from matkv.latents import compiled
 from one_query import SCALING, G, queries
 
-PROGRAM = "from matkv.attention.kernels import compiled; print(compiled.kernel() is not None)"
+PROGRAM = "from matkv.latents import compiled; print(compiled.kernel() is not None)"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The CPU's kernel in C: compiled at first use for this processor's instructions, and kept.
+"""The CPU's kernel in C, rows.c: compiled at first use for this processor's instructions, and kept.
 
 Built by the C compiler at hand (`CC`, else cc, gcc or clang) into matkv's cache folder, under a
 name that tells source, flags and compiler. Where there is none, or it fails, torch computes the
@@ -42,9 +42,10 @@ REMEDY = "install a C compiler (gcc or clang), or name one in CC"
 
 @dataclass(frozen=True)
 class Kernel:
-    """The compiled function, and the start of a parallel region of torch's own OpenMP."""
+    """The compiled functions, and the start of a parallel region of torch's own OpenMP."""
 
     decode: ctypes._NamedFuncPointer
+    encode: ctypes._NamedFuncPointer
     parallel: int
 
 
@@ -95,13 +96,15 @@ def built(instructions: str) -> Kernel:
         target = cache_home() / "kernels" / f"rows-{digest(SOURCE.read_bytes(), stamp.encode())}.so"
         if not target.is_file():
             _compile([*command, *flags], target)
-        decode = ctypes.CDLL(str(target)).matkv_decode
+        library = ctypes.CDLL(str(target))
+        decode, encode = library.matkv_decode, library.matkv_encode
     except OSError as error:
         raise NoKernelError(
             f"{first_line(error)}; free space or set MATKV_CACHE to another folder"
         ) from error
-    decode.argtypes, decode.restype = [ctypes.c_void_p], ctypes.c_int
-    return Kernel(decode, _parallel())
+    for function in (decode, encode):
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
+    return Kernel(decode, encode, _parallel())
 
 
 def compiler() -> list[str]:
