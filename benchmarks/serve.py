@@ -4,6 +4,7 @@
     python benchmarks/serve.py fits        tokens in the cache, at every budget
     python benchmarks/serve.py trace       a fixed trace of requests in a small cache, taking turns
     python benchmarks/serve.py step        a decoding step at equal batches, taking turns
+    python benchmarks/serve.py equal       greedy tokens of texts, against those in transformers
 
 Run it where vLLM is: `make serve-demo` makes that environment. Every engine is a process of its
 own.
@@ -28,7 +29,9 @@ import torch
 
 import engine
 from matkv.artifact.artifact import Artifact
-from matkv.models.load import model_source
+from matkv.data.texts import read_texts
+from matkv.hf.attach import attach
+from matkv.models.load import load_model, model_source
 from matkv.ranks import RankTable
 
 RUN, QUESTION = "smollm2-135m", "What is the capital of France?"
@@ -39,7 +42,7 @@ SECONDS = 300
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("demo", "fits", "trace", "step"))
+    parser.add_argument("what", choices=("demo", "fits", "trace", "step", "equal"))
     parser.add_argument("--run", default=RUN)
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--requests", type=int, default=64)
@@ -47,7 +50,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--exact", action="store_true", help="exact tokens as the artifact asks")
     given = parser.parse_args()
-    {"demo": demo, "fits": fits, "trace": trace, "step": step}[given.what](given)
+    whats = {"demo": demo, "fits": fits, "trace": trace, "step": step, "equal": equal}
+    whats[given.what](given)
 
 
 def ways(given: argparse.Namespace, budgets: tuple[float, ...]) -> dict[str, dict[str, Any]]:
@@ -121,6 +125,37 @@ def step(given: argparse.Namespace) -> None:
         print(
             f"{batch:2} sequences of {context}: full {1e3 * full:.1f} ms, "
             f"{given.budget:.1%} {1e3 * kept:.1f} ms, {kept / full:.2f} times",
+            flush=True,
+        )
+
+
+def equal(given: argparse.Namespace) -> None:
+    """Greedy tokens of beginnings of texts, batched and in chunks, and the same by transformers."""
+    artifact = Artifact.load(given.run)
+    model, tokenizer = load_model(artifact.base_model, "float32")
+    rng = random.Random(0)
+    texts = read_texts("default", "validation")[: given.requests]
+    prompts = [tokenizer(one)["input_ids"][: rng.randint(4, 300)] for one in texts]
+    none = None if given.exact else 0
+    attached: Any = attach(model, artifact, given.budget, sink=none, recent=none)
+    how = {"max_new_tokens": given.new, "do_sample": False, "eos_token_id": None}
+    wanted = [
+        attached.generate(torch.tensor([one]), **how)[0, len(one) :].tolist() for one in prompts
+    ]
+    own = ways(given, (given.budget,))[f"{given.budget:.1%}"]
+    arguments = {"max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 16}
+    asked = [{"tokens": one, "new": given.new} for one in prompts]
+    found = engine.run(own | arguments, [asked, asked])["rounds"]
+    for name, one in (("first", found[0]), ("again", found[1])):
+        same = [a == b for a, b in zip(one["tokens"], wanted, strict=True)]
+        places = [
+            next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), given.new)
+            for a, b in zip(one["tokens"], wanted, strict=True)
+        ]
+        print(
+            f"{name}: {sum(same)} of {len(same)} sequences equal, {sum(places)} of "
+            f"{given.new * len(same)} tokens before any differs; {sum(one['cached'])} of "
+            f"{sum(map(len, prompts))} prompt tokens from the prefix cache",
             flush=True,
         )
 
