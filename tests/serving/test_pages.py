@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from coded import KINDS
-from matkv.attention.kernels import compiled
 from matkv.attention.latent import attend
 from matkv.cache.layer import LatentLayer
 from matkv.errors import CacheError
+from matkv.latents import compiled
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
 from matkv.vllm import attention

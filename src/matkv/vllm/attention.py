@@ -12,10 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from matkv.attention.kernels import compiled, native
+from matkv.attention.kernels import native
 from matkv.attention.latent import attend, attend_paged, attend_part_of
 from matkv.attention.masks import additive
 from matkv.attention.parts import merge
+from matkv.latents import compiled
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection, joined
 from matkv.vllm.exact import ExactRows
