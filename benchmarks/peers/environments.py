@@ -77,23 +77,32 @@ def score_inside(
     Raises:
         PeerEnvironmentError: it could not be built, or ended before it had scored all of them.
     """
+    content = job | {
+        "module": name,
+        "wanted": wanted,
+        "protocol": asdict(protocol),
+        "windows": windows_NT.tolist(),
+    }
+    module = f"{Path(__file__).parent.name}.child"
+    yield from rows_inside(name, module, content, len(wanted))
+
+
+def rows_inside(name: str, module: str, job: dict[str, Any], count: int) -> Iterator[Row]:
+    """The `count` rows that a module of this folder prints, run with a job in an environment.
+
+    Raises:
+        PeerEnvironmentError: it could not be built, or ended before it had printed them all.
+    """
     python = python_of(name)
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "job.json"
-        content = job | {
-            "module": name,
-            "wanted": wanted,
-            "protocol": asdict(protocol),
-            "windows": windows_NT.tolist(),
-        }
-        task.write_text(json.dumps(content), encoding="utf-8")
+        task.write_text(json.dumps(job), encoding="utf-8")
         with (Path(folder) / "stderr").open("w+", encoding="utf-8") as errors:
-            yield from _rows(python, task, errors, len(wanted))
+            yield from _rows([str(python), "-m", module, str(task)], errors, count)
 
 
-def _rows(python: Path, task: Path, errors: Any, count: int) -> Iterator[Row]:
+def _rows(command: list[str], errors: Any, count: int) -> Iterator[Row]:
     inside = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [str(python), "-m", f"{Path(__file__).parent.name}.child", str(task)]
     seen = 0
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=inside

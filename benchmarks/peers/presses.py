@@ -8,6 +8,7 @@ stores, the kept channels of the context's keys and one bit a channel to say whi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,10 @@ class ThinK(Press):
         return resident - self.saved, resident
 
 
-def contestants() -> list[Contestant]:
+def contestants(
+    dropped_tokens: Sequence[float] = DROPPED_TOKENS, eviction: Sequence[str] = tuple(EVICTION)
+) -> list[Contestant]:
+    """ThinK, and the presses of `eviction` at these shares of the context."""
     thinned = [
         Contestant(
             method="ThinK (kvpress)",
@@ -79,5 +83,6 @@ def contestants() -> list[Contestant]:
             build=partial(Press, press, {"compression_ratio": dropped}),
         )
         for method, press in EVICTION.items()
-        for dropped in DROPPED_TOKENS
+        if method in eviction
+        for dropped in dropped_tokens
     ]
