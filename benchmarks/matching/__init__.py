@@ -6,9 +6,10 @@
     make           material from a tokenizer and files
     artifacts      what is measured of matkv: with codes, ranks alone, and without training
     rows           who is measured at which budget
-    records        what was measured: JSON lines, a cell each, so that a run goes on where it stopped
+    records        what was measured: JSON lines, a cell each; a run goes on where it stopped
     run            measuring what is not there yet, in this process or in a package's environment
     child          what runs inside such an environment
+    sheet          what was measured as figures
     table          the Markdown tables
     picture        loss against bytes
 

@@ -26,14 +26,15 @@ STEP = 4  # columns: budgets of 6.25% have ranks of 4 on average where head dims
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Tokens to calibrate on, and texts of 2,048 tokens that a search reads."""
+    """Tokens to calibrate on, texts that a search reads, and tokens to check its tables on."""
 
     calibrate_tokens: int
     expansions: int
+    held_out_tokens: int
 
 
-FULL = Effort(calibrate_tokens=16_384, expansions=36)
-QUICK = Effort(calibrate_tokens=4096, expansions=6)
+FULL = Effort(calibrate_tokens=16_384, expansions=36, held_out_tokens=4096)
+QUICK = Effort(calibrate_tokens=4096, expansions=2, held_out_tokens=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,16 @@ class Workshop:
         return self._kept(("untrained", how.sink, how.recent), made)
 
     def _search(self, **options: Any) -> AllocateConfig:
-        expansions = self.effort.expansions
-        return AllocateConfig(budgets=self.budgets, expansions=expansions, **options)
+        return AllocateConfig(
+            budgets=self.budgets,
+            expansions=self.effort.expansions,
+            held_out_tokens=self.effort.held_out_tokens,
+            **options,
+        )
 
     def _texts(self, config: AllocateConfig) -> Iterator[Tensor]:
         tokens = config.held_out_tokens + config.expansions * config.search_tokens
-        return data.batches(self._windows(tokens), 2)
+        return data.batches(self._windows(tokens), 1)
 
     def _windows(self, tokens: int) -> Tensor:
         return data.text_windows(

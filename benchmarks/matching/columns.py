@@ -82,8 +82,9 @@ class Reader:
 
 @torch.inference_mode()
 def window(model: Any, method: Method, text: Text, index: int, *, is_full: bool) -> Value:
-    """One window: means over its predicted tokens, and the share of bytes held meanwhile.
+    """One window: means over its predicted tokens, and the shares of bytes held and added.
 
+    `held` is that of all tokens so far, averaged over the chunks; `grown` that of a further token.
     kl = Σ p_full (log p_full - log p), in nats; agree: both have the same likeliest token.
     """
     ids = text.windows[index]
@@ -91,7 +92,7 @@ def window(model: Any, method: Method, text: Text, index: int, *, is_full: bool)
     full = full_bytes_per_token(model)
     path = Path(text.reference) / f"{index}.pt"
     expected_TV = None if is_full else torch.load(path, weights_only=True)
-    sums, held, written = torch.zeros(3, dtype=torch.float64), [], []
+    sums, held, written = torch.zeros(3, dtype=torch.float64), dict[int, float](), []
     for start in range(text.context, len(ids) - 1, text.chunk):
         end = min(start + text.chunk, len(ids) - 1)
         log_p_QV = reader.feed(ids[start:end]).float().log_softmax(-1)
@@ -102,14 +103,17 @@ def window(model: Any, method: Method, text: Text, index: int, *, is_full: bool)
         else:
             full_QV = expected_TV[start - text.context : end - text.context].float()
             sums[1:] += _compared(log_p_QV.cpu(), full_QV)
-        held.append(method.held(reader.cache)[0] / (full * end))
+        held[end] = method.held(reader.cache)[0] / full
     count = len(ids) - 1 - text.context
     if is_full:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat(written), path)
         sums[2] = count
     loss, kl, agree = (sums / count).tolist()
-    return {"loss": loss, "kl": kl, "agree": agree, "held": sum(held) / len(held)}
+    share = sum(held.values()) / sum(held)
+    (first, begun), *_, (last, ended) = held.items()
+    grown = (ended - begun) / (last - first)
+    return {"loss": loss, "kl": kl, "agree": agree, "held": share, "grown": grown}
 
 
 def _compared(log_p_QV: Tensor, full_QV: Tensor) -> Tensor:

@@ -74,7 +74,9 @@ def material(
     held_out = data.read_texts("default", "validation")
     found: list[Material] = [text(tokenizer, ARTICLES, held_out, sizes, references)]
     for path in texts:
-        found.append(text(tokenizer, path.stem, data.read_texts(path, "test"), sizes, references))
+        found.append(
+            text(tokenizer, path.stem, data.read_texts(path, "validation"), sizes, references)
+        )
     found += [retrieval(tokenizer, test, sizes) for test in TESTS]
     found.append(footprint(tokenizer, held_out, sizes))
     files = sorted(tasks_dir.glob("*.jsonl"))
@@ -94,7 +96,7 @@ def text(tokenizer: Any, name: str, documents: list[str], sizes: Sizes, referenc
 
 
 def retrieval(tokenizer: Any, test: Test, sizes: Sizes) -> Retrieval:
-    """Haystacks of one test at three depths in turn, asked through a chat template if there is one."""
+    """Haystacks of a test at three depths in turn, through a chat template if there is one."""
     config = HaystackConfig(chat=tokenizer.chat_template is not None)
     haystacks = Haystacks(tokenizer, config)
     prompts = []
@@ -161,9 +163,7 @@ def encoded(tokenizer: Any, item: Any) -> Item:
         )
     after = _ids(tokenizer, f" {item['continuation']}")
     choices = [_ids(tokenizer, option) + after for option in item["context_options"]]
-    return Item(
-        question=[], choices=choices, scored=[len(after)] * len(choices), gold=item["gold"]
-    )
+    return Item(question=[], choices=choices, scored=[len(after)] * len(choices), gold=item["gold"])
 
 
 def _ids(tokenizer: Any, words: str) -> Ids:

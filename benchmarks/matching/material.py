@@ -106,9 +106,7 @@ class Footprint(Material):
     kind = "footprint"
 
 
-KINDS: dict[str, type[Material]] = {
-    one.kind: one for one in (Text, Retrieval, Task, Footprint)
-}
+KINDS: dict[str, type[Material]] = {one.kind: one for one in (Text, Retrieval, Task, Footprint)}
 _PARTS: dict[str, Any] = {
     "prompts": lambda its: [Haystack(**one) for one in its],
     "blocks": lambda its: [

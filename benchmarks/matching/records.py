@@ -1,4 +1,4 @@
-"""What was measured: JSON lines, one for a cell of the table, so that a run goes on where it stopped.
+"""What was measured: JSON lines, one for a cell, so that a run goes on where it stopped.
 
     {"row": {"method": …, "setting": …}, "column": "needle", "data": "3f0c…", "first": 0,
      "values": [{…}, …], "made": {…}}

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from matkv.artifact.artifact import Artifact
 from peers import coded, eviction, ours, presses, quantized, shrink
@@ -21,6 +20,7 @@ from peers.entries import (
     TURBOQUANT,
     Calibration,
     eigen,
+    evicting,
     palu,
     plain_pca,
     transform_coding,
@@ -31,7 +31,7 @@ from .artifacts import Workshop
 from .make import CHUNK, CONTEXT, LENGTH
 from .records import Json
 
-LEVELS = (0.5, 0.25, 0.125, 0.0625)
+LEVELS = (0.25, 0.125, 0.0625, 0.5)
 # The most bits that a budget holds: with a norm, or a scale and a zero point, of 64 columns.
 TURBOQUANT_BITS = {0.5: 7, 0.25: 3, 0.125: 1}
 INTEGER_BITS = {0.5: 4, 0.25: 3, 0.125: 1}
@@ -44,31 +44,44 @@ PRESSES = ("SnapKV", "expected attention")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row to be: at which budget, what else tells it apart, and where it runs."""
+    """A row to be: at which budget, what else tells it apart, and where it runs.
+
+    A simulated one computes what its cache would give and holds another: it has no footprint.
+    """
 
     level: float | None
     contestant: Contestant
     extra: Json = field(default_factory=dict)
     environment: str | None = None
+    simulated: bool = False
 
     def row(self, shared: Json) -> Json:
         names = {name: getattr(self.contestant, name) for name in ("method", "setting", "family")}
-        return shared | names | self.extra | {"level": self.level}
+        return shared | names | self.extra | {"level": self.level, "simulated": self.simulated}
 
 
 def entries(
-    artifact: Artifact, workshop: Workshop | None, calibration: Calibration, *, outside: bool
+    artifact: Artifact,
+    workshop: Workshop | None,
+    calibration: Calibration,
+    *,
+    outside: bool,
+    levels: Sequence[float] | None = None,
 ) -> Iterator[Entry]:
-    """The full cache, then every method at every budget; those of other packages if `outside`."""
+    """The full cache, then every method at every budget.
+
+    Variants of the artifact if there is a workshop, peers of other packages if `outside`.
+    """
     full = Contestant(method="full cache", setting="", family="full", build=Method)
     yield Entry(level=None, contestant=full)
-    for level in LEVELS:
+    for level in LEVELS if levels is None else levels:
         yield from matkv(artifact, workshop, level)
+        calibrated = {"calibrated_on": calibration.tokens}
         for one in simulated(calibration, level):
-            yield Entry(level=level, contestant=one, extra={"calibrated_on": calibration.tokens})
+            yield Entry(level=level, contestant=one, extra=calibrated, simulated=True)
+        yield Entry(level=level, contestant=plain_pca(calibration, level), extra=calibrated)
         for rule in eviction.RULES:
-            build = partial(eviction.Evicting, rule, level)
-            yield Entry(level=level, contestant=_named(rule, f"{level:.2%} of the tokens", build))
+            yield Entry(level=level, contestant=evicting(rule, level))
         if outside:
             yield from packages(level)
         else:
@@ -96,7 +109,7 @@ def matkv(artifact: Artifact, workshop: Workshop | None, level: float) -> Iterat
 
 
 def simulated(calibration: Calibration, level: float) -> Iterator[Contestant]:
-    """Peers written from their papers, and plain PCA, which is matkv's own at uniform ranks."""
+    """Peers written from their papers."""
     yield transform_coding(calibration, level, CODED_WINDOW)
     for name, form, bits in (
         (TURBOQUANT, coded.TurboQuant, TURBOQUANT_BITS.get(level)),
@@ -108,7 +121,6 @@ def simulated(calibration: Calibration, level: float) -> Iterator[Contestant]:
             yield Contestant(
                 method=named, setting=f"{bits} bit", family="quantization", build=build
             )
-    yield plain_pca(calibration, level)
     yield palu(calibration, level)
     yield eigen(calibration, level, keys_alone=False)
 
@@ -147,10 +159,6 @@ def dropped_tokens(level: float) -> tuple[float, ...]:
     mean = sum(ends) / len(ends)
     kept = (level * mean - (mean - CONTEXT)) / CONTEXT
     return (round(1 - kept, 4),) if kept > 0 else ()
-
-
-def _named(rule: str, setting: str, build: Any) -> Contestant:
-    return Contestant(method=f"{rule} style", setting=setting, family="eviction", build=build)
 
 
 def kept_by(entries_: Sequence[Entry], words: Sequence[str]) -> list[Entry]:

@@ -12,6 +12,7 @@ One protocol for all (see `protocol`), one file a method:
     shrink         cacheshrink
     coded          TurboQuant, and int4 per token and head as vLLM has it (simulated)
     kvtc           KVTC's transform coding (simulated)
+    eviction       StreamingLLM, H2O and SnapKV at a budget that holds all along
     low_rank       Palu and Eigen Attention, written from their papers (simulated)
     environments   a virtual environment for each published package
     child          what runs inside one

@@ -32,7 +32,7 @@ from .protocol import Contestant, Protocol, Row, attempt, control, failure
 from .table import PEERS, is_finished, markdown
 
 MODULES: dict[str, Any] = {"quantized": quantized, "presses": presses, "shrink": shrink}
-OWN = ("full", "matkv", "pca", "latents", "palu", "eigen", "turboquant", "int4", "kvtc")
+OWN = ("full", "matkv", "pca", "latents", "palu", "eigen", "turboquant", "int4", "kvtc", "eviction")
 METHODS = (*OWN, *MODULES)
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 

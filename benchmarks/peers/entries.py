@@ -17,7 +17,7 @@ from matkv.hf.geometry import geometry_of
 from matkv.hf.observe import collect_moments
 from matkv.ranks import RankTable, Side
 
-from . import coded, kvtc, low_rank, ours
+from . import coded, eviction, kvtc, low_rank, ours
 from .protocol import Contestant, Method
 
 WINDOWS = (32, 128)  # the second is what QuantizedCache may keep exact
@@ -104,6 +104,8 @@ def entries(
         if "eigen" in methods:
             for keys_alone in (False, True):
                 yield Entry(eigen(calibration, budget, keys_alone), calibrated)
+        if "eviction" in methods:
+            yield from (Entry(evicting(rule, budget)) for rule in eviction.RULES)
         if "kvtc" in methods:
             for recent in (kvtc.RECENT, CODED_WINDOW):
                 yield Entry(transform_coding(calibration, budget, recent), calibrated)
@@ -233,4 +235,13 @@ def transform_coding(calibration: Calibration, budget: float, recent: int) -> Co
         setting=f"{budget:.1%}, first {kvtc.SINK} and last {recent} exact",
         family="quantization",
         build=build,
+    )
+
+
+def evicting(rule: eviction.Rule, budget: float) -> Contestant:
+    return Contestant(
+        method=f"{rule} style",
+        setting=f"{100 * budget:.4g}% of the tokens",
+        family="eviction",
+        build=partial(eviction.Evicting, rule, budget),
     )

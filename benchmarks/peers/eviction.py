@@ -46,8 +46,11 @@ LEAST = 8  # tokens that no budget drops
 BLOCK = 256  # queries whose weights are spread out at once
 
 
-class EvictingLayer(DynamicLayer):  # type: ignore[misc]
+class EvictingLayer(DynamicLayer):
     """One layer's tokens that were not dropped, and what attention each of them was given."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, rule: Rule, budget: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -112,7 +115,9 @@ def attention_given(query_BHQD: Tensor, key_BGTD: Tensor, first: int, scaling: f
     scores_BGJQT = query_BGJQD @ key_BGTD.float()[:, :, None].mT * scaling
     place_T = torch.arange(key_BGTD.shape[2], device=key_BGTD.device)
     own_Q1 = torch.arange(first, first + query_BHQD.shape[2], device=key_BGTD.device)[:, None]
-    return scores_BGJQT.masked_fill(place_T > own_Q1, -math.inf).softmax(-1).sum((2, 3))
+    given_BGT: Tensor
+    given_BGT = scores_BGJQT.masked_fill(place_T > own_Q1, -math.inf).softmax(-1).sum((2, 3))
+    return given_BGT
 
 
 class Dropping:
