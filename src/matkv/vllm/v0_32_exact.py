@@ -29,10 +29,11 @@ class ExactSpec(SlidingWindowSpec):
     """Pages of the first `sink` and the last `sliding_window` - 1 tokens, and of checkpoints."""
 
     sink: int = 0
+    grain: int = 1
 
     @property
     def windows(self) -> Windows:
-        return Windows(self.block_size, self.sink, self.sliding_window - 1)
+        return Windows(self.block_size, self.sink, self.sliding_window - 1, self.grain)
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
@@ -191,6 +192,7 @@ class ExactLayer(nn.Module, AttentionLayerBase):
             state_content_bytes=self.token_bytes,
             sliding_window=recent + 1,
             sink=sink,
+            grain=tokens,
         )
 
     NAME: ClassVar[str] = "matkv.exact"

@@ -10,11 +10,15 @@ CHECKPOINT = 512
 
 @dataclass(frozen=True)
 class Windows:
-    """Pages of `size` tokens, of which the first `sink` and the last `recent` are read."""
+    """Pages of `size` tokens, of which the first `sink` and the last `recent` are read.
+
+    Another request may go on from a multiple of `grain` tokens.
+    """
 
     size: int
     sink: int
     recent: int
+    grain: int
 
     @property
     def sinks(self) -> int:
@@ -37,7 +41,8 @@ class Windows:
             return True
         if not self.recent:
             return False
-        if page >= self.before(tokens):
+        # The last place before the newest token from where the same prompt may go on.
+        if page >= self.before((tokens - 1) // self.grain * self.grain):
             return True
         # The window before a checkpoint: some token of the page is less than `recent` before one.
         first, last = page * self.size, (page + 1) * self.size - 1
@@ -46,6 +51,6 @@ class Windows:
 
     def most(self, new: int, longest: int) -> int:
         """The most pages that a request has, with `new` tokens in one step."""
-        window = -(-self.recent // self.size) + 1 if self.recent else 0
+        window = -(-(self.recent + self.grain) // self.size) + 1 if self.recent else 0
         held = self.sinks + window * (2 + -(-new // CHECKPOINT))
         return min(held, -(-longest // self.size) + 1)
