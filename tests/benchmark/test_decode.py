@@ -10,9 +10,15 @@ import pytest
 import torch
 
 import matkv
-from matkv.benchmark.attention import AttentionCase, attention_benchmark, ragged_ranks
+from matkv.benchmark.attention import (
+    AttentionCase,
+    attention_benchmark,
+    bands_within,
+    ragged_ranks,
+)
 from matkv.benchmark.decode import BenchmarkConfig, benchmark, random_model, twin
 from matkv.benchmark.timing import Spread, milliseconds, take_turns, thread_count, transient_bytes
+from matkv.codes import code_bytes
 from matkv.errors import BudgetError, MatkvError, ModelError, RankError
 from matkv.hf.attach import attached_table
 from matkv.models.load import load_config
@@ -85,6 +91,24 @@ def test_attention_alone_reports_a_speedup_and_its_limit(kv_heads: int) -> None:
     assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
     assert min(result["full_ms"], result["latent_ms"]) > 0
     assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("share", [1 / 8, 1 / 4, 3 / 8, 1 / 2, 7 / 8, 1.0])
+def test_bands_cost_the_bits_they_are_given(dim: int, share: float) -> None:
+    bits = int(16 * dim * share)
+    bands = bands_within(bits, dim)
+    assert sum(bands) == dim or share < 1 / 4
+    spent = 8 * code_bytes(bands) + 16 * bands[0]
+    assert bits - 4 * 8 <= spent <= bits + 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_alone_takes_codes(dtype: torch.dtype) -> None:
+    case = AttentionCase(**SMALL | {"budget": 0.25}, codes=True, dtype=dtype, threads=1)
+    result = attention_benchmark(case)
+    assert result["limit"] == pytest.approx(4 * dtype.itemsize / 2, rel=0.2)
+    assert result["speedup"] > 0
 
 
 @pytest.mark.parametrize("wrong", [{"context": 0}, {"kv_heads": 3}, {"rounds": 0}, {"batch": -1}])

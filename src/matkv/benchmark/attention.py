@@ -17,9 +17,12 @@ from torch import Tensor
 
 from matkv.attention.latent import attend
 from matkv.bases.maps import Maps
+from matkv.bases.quantizer import GAIN_ZERO, HALF_STEPS, Quantizer
 from matkv.benchmark.timing import Spread, take_turns, thread_count
+from matkv.codes import CODED, GAIN_BYTES, WIDTHS, Bands
 from matkv.errors import BudgetError, RankError
 from matkv.hf.memory import check_fits
+from matkv.latents.coding import SideCoding
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import Budget, LayerRanks, default_step
@@ -31,7 +34,8 @@ from matkv.settings import Count, Few, Seed, settings
 class AttentionCase:
     """One layer's attention at decode: one new query a sequence over `context` cached tokens.
 
-    The ranks are random and ragged, of mean `budget` × `head_dim`.
+    The ranks are random and ragged, of mean `budget` × `head_dim`; with `codes` every head has the
+    bits of such a rank, for all of its columns.
 
     Raises:
         BudgetError: `budget` is outside (0, 1].
@@ -44,6 +48,7 @@ class AttentionCase:
     context: Count = Field(default=16_384, description="cached tokens")
     batch: Few = Field(default=1, description="sequences")
     budget: Budget = Field(default=0.375, description="mean rank over the width of a head")
+    codes: bool = Field(default=False, description="columns at 8, 4 and 2 bits in place of ranks")
     dtype: torch.dtype = torch.bfloat16
     device: str = Field(default="cpu", description="cpu, cuda, cuda:1, ...")
     threads: Few | None = Field(default=None, description="CPU threads; torch's unless given")
@@ -75,10 +80,11 @@ def attention_benchmark(case: AttentionCase) -> dict[str, Any]:
     key_ranks, value_ranks = (
         ragged_ranks(case.kv_heads, case.head_dim, case.budget, generator) for _ in range(2)
     )
-    kept = sum(key_ranks) + sum(value_ranks)
     query = _random(case, generator, case.heads, 1, case.head_dim)
     candidates = _full_width(case, query, generator)
-    candidates["latent"] = _on_latents(case, query, key_ranks, value_ranks, generator)
+    latents = _latents(case, key_ranks, value_ranks, generator)
+    candidates["latent"] = partial(attend, latents, query, None, scaling=case.head_dim**-0.5)
+    kept_bytes = sum(row.nbytes for row in latents.rows)
     with thread_count(case.threads):
         times = take_turns(candidates, case.rounds, device=case.device)
         threads = torch.get_num_threads()
@@ -89,7 +95,7 @@ def attention_benchmark(case: AttentionCase) -> dict[str, Any]:
         "full_ms": Spread.of(full).median,
         "latent_ms": Spread.of(latent).median,
         "speedup": speedup.median,
-        "limit": 2 * case.kv_heads * case.head_dim / kept,
+        "limit": numbers * case.dtype.itemsize / kept_bytes,
         "speedup_low": speedup.low,
         "speedup_high": speedup.high,
         "full_kind": name,
@@ -141,25 +147,62 @@ def _full_width(
     }
 
 
-def _on_latents(
+def bands_within(bits: int, dim: int) -> Bands:
+    """Bands of all columns, or of as many as these bits pay for; the gain's byte counts too.
+
+    Two widths that follow each other, and 8 bits for the first sixteenth of the columns, as in
+    tables that were found for real models.
+    """
+    bits -= 8 * GAIN_BYTES
+    counts = dict.fromkeys(WIDTHS, 0)
+    if bits >= 8 * dim:
+        counts[16] = min(dim, (bits - 8 * dim) // 8)
+        counts[8] = dim - counts[16]
+        return counts[16], counts[8], 0, 0
+    counts[8] = dim // 16 if bits > 4 * dim // 2 else 0
+    bits, dim = bits - 8 * counts[8], dim - counts[8]
+    if bits >= 4 * dim:
+        more = (bits - 4 * dim) // 4
+        counts[8], counts[4] = counts[8] + more, dim - more
+    elif bits >= 2 * dim:
+        counts[4] = (bits - 2 * dim) // 2 // 4 * 4
+        counts[2] = dim - counts[4]
+    else:
+        counts[2] = max(0, bits) // 2 // 4 * 4
+    return counts[16], counts[8], counts[4], counts[2]
+
+
+def _latents(
     case: AttentionCase,
-    query_BHD: Tensor,
     key_ranks: LayerRanks,
     value_ranks: LayerRanks,
     generator: torch.Generator,
-) -> Callable[[], object]:
+) -> Latents:
+    """Random rows, codes with gains around one."""
+    heads, dim = case.kv_heads, case.head_dim
     key, value = (
-        Maps.orthogonal(
-            torch.linalg.qr(
-                torch.randn(case.kv_heads, case.head_dim, case.head_dim, generator=generator)
-            ).Q
-        )
+        Maps.orthogonal(torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator)).Q)
         for _ in range(2)
     )
-    projection = LayerProjection(key, value, key_ranks, value_ranks).to(case.device, case.dtype)
-    rows = [
-        _random(case, generator, b.heads.stop - b.heads.start, case.context, b.row_width)
-        for b in projection.buckets
-    ]
-    latents = Latents(projection, rows)
-    return partial(attend, latents, query_BHD, None, scaling=case.head_dim**-0.5)
+    ranks, coding = [key_ranks, value_ranks], None
+    if case.codes:
+        bands = [tuple(bands_within(16 * rank, dim) for rank in side) for side in ranks]
+        ranks = [tuple(map(sum, side)) for side in bands]
+        ones_WGD = torch.ones(len(CODED), heads, dim)
+        steps_WGD = torch.stack(
+            [ones * HALF_STEPS[w] for ones, w in zip(ones_WGD, CODED, strict=True)]
+        )
+        quantizer = Quantizer(ones_WGD[0], steps_WGD, ones_WGD)
+        coding = SideCoding(bands[0], quantizer), SideCoding(bands[1], quantizer)
+    projection = LayerProjection(key, value, ranks[0], ranks[1], coding=coding)
+    projection = projection.to(case.device, case.dtype)
+    rows = []
+    for count, columns, dtype in projection.storages(case.dtype):
+        if dtype != torch.uint8:
+            rows.append(_random(case, generator, count, case.context, columns))
+            continue
+        shape = (case.batch, count, case.context, columns)
+        codes = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        codes[..., : 2 * GAIN_BYTES] = codes[..., : 2 * GAIN_BYTES] % 8 + GAIN_ZERO - 4
+        rows.append(codes.to(case.device))
+    return Latents(projection, rows)
