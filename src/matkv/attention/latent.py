@@ -28,6 +28,7 @@ from matkv.errors import UnsupportedModelError
 from matkv.latents import compiled
 from matkv.latents.latents import Exact, Latents
 from matkv.latents.layer import LayerProjection, per_head
+from matkv.latents.native import DTYPES
 
 # Numbers of latents that are made from codes at a time, and the fewest tokens of them.
 CACHED_NUMBERS, LEAST_STRETCH = 1 << 19, 64
@@ -200,8 +201,11 @@ def _decoder(query_BGXM: Tensor, latents: Latents) -> Decode | None:
         return gpu_codes.decode if has_codes else gpu.decode
     if query_BGXM.device.type != "cpu":
         return None
-    if not torch.compiler.is_compiling() and compiled.kernel() is not None:
-        return native.decode
+    if query_BGXM.dtype in DTYPES and not torch.compiler.is_compiling():
+        # In fp32 without codes there is nothing to convert, and torch is faster.
+        is_ours = has_codes or query_BGXM.dtype != torch.float32
+        if is_ours and compiled.kernel() is not None:
+            return native.decode
     return _decode_stretches if has_codes else cpu.decode
 
 

@@ -19,7 +19,7 @@ from coded import coded, random_bands
 from explicit import attend_explicit
 from layers import BANDS, MIXED, RANKS, banded, coded_layer, plain_layer
 from matkv.attention import latent as attention
-from matkv.attention.kernels import native
+from matkv.attention.kernels import cpu, native
 from matkv.attention.latent import attend, attend_paged
 from matkv.latents import compiled
 from matkv.latents.latents import Latents
@@ -262,6 +262,19 @@ def test_pages_of_another_dtype_are_refused(own: None) -> None:
     query = torch.zeros(1, G, 1, latents.projection.width, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="float32"):
         native.decode_paged(query, in_pages, latents.projection, SCALING)
+
+
+# ---- who decodes
+
+
+def test_codes_and_halves_are_the_kernels(own: None) -> None:
+    codes, ranks = coded_layer(MIXED, 1, 5), plain_layer(RANKS["odd"], 1, 5)
+    query = queries(1, 1)
+    assert attention._decoder(query, codes) is native.decode
+    assert attention._decoder(query, ranks) is cpu.decode
+    assert attention._decoder(query.bfloat16(), ranks) is native.decode
+    for latents in (codes, ranks):  # which the kernel does not know
+        assert attention._decoder(query.double(), latents) is not native.decode
 
 
 # ---- a whole model
