@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 import matkv
 from explicit import attend_explicit
@@ -235,3 +236,25 @@ def test_items_score_as_through_the_latent_cache(
         log_probs_TV = stepwise(model, ids_BT[:, :-1], (1,))[0].log_softmax(-1)
         expected = log_probs_TV.gather(-1, ids_BT[0, 1:, None])[start - 1 :].sum()
         assert score == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
+def test_64_greedy_tokens_of_growing_and_static_caches(
+    loaded: tuple[Any, Any], model: Any, budget: float
+) -> None:
+    """The artifact that comes along: codes, sinks and recent tokens; static by a compiled step, too."""
+    text = data.read_texts("default", "validation")[0]
+    ids = loaded[1](text, return_tensors="pt").input_ids[:, :150]
+    matkv.attach(model, "smollm2-135m", budget)
+    how = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    how["attention_mask"] = torch.ones_like(ids)
+    growing = model.generate(ids, **how)
+    how["cache_implementation"] = "static"
+    assert torch.equal(model.generate(ids, **how, disable_compile=True), growing)
+    pieces = model.generate(ids, **how, disable_compile=True, prefill_chunk_size=64)
+    assert torch.equal(pieces, growing)
+    compiled: Any = CompileConfig(backend="eager", fullgraph=True)
+    compiled.mode, compiled._compile_all_devices = None, True
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(model.generate(ids, **how, compile_config=compiled), growing)

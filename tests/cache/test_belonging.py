@@ -16,8 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import matkv
-from matkv.cache.cache import use_latents
-from matkv.cache.static import StaticLatentCache
+from matkv.cache.cache import StaticLatentCache, use_latents
 from matkv.errors import CacheError
 from tiny import (
     Tiny,

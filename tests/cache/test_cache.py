@@ -14,8 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 import matkv
 from coded import coded
-from matkv.cache.cache import LatentCache, new_cache
-from matkv.cache.static import StaticLatentCache
+from matkv.cache.cache import LatentCache, StaticLatentCache, new_cache
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable

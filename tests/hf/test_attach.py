@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import matkv
+from matkv.cache.cache import StaticLatentCache
 from matkv.cache.layer import LatentLayer
 from matkv.errors import (
     BudgetError,
@@ -390,13 +391,18 @@ def test_a_cache_that_holds_full_keys_is_refused(gemma3: Tiny) -> None:
             act()
 
 
-def test_a_static_cache_is_refused(llama: Tiny) -> None:
-    model = llama.attach(budget=0.5)
-    static = StaticCache(config=model.config, max_cache_len=32)
+@torch.no_grad()
+def test_an_empty_static_cache_turns_latent_and_a_filled_one_is_refused(llama: Tiny) -> None:
+    static: list[Any] = [StaticCache(config=llama.model.config, max_cache_len=32) for _ in range(2)]
+    llama.model(tokens(1, 4), past_key_values=static[0])
+    model = llama.attach(budget=0.5, sink=2, recent=3)
     with pytest.raises(CacheError, match="the StaticCache cannot take latents"):
-        model(tokens(1, 4), past_key_values=static)
-    with pytest.raises(CacheError, match="the StaticCache cannot take latents"):
-        greedy(model, tokens(1, 4), 2, cache_implementation="static")
+        model(tokens(1, 4), past_key_values=static[0])
+    model(tokens(1, 4), past_key_values=static[1])
+    assert type(static[1]) is StaticLatentCache
+    how = {"cache_implementation": "static", "return_dict_in_generate": True}
+    out: Any = greedy(model, tokens(1, 4), 2, **how)
+    assert type(out.past_key_values) is StaticLatentCache
 
 
 def test_a_cache_does_not_outlive_its_attachment(llama: Tiny) -> None:

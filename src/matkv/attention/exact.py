@@ -86,7 +86,7 @@ def _one_block(
         columns_BGCF = exact.recent_BGKF[:, :, low - exact.first : high - exact.first]
         if exact.sink:
             columns_BGCF = torch.cat((sink_BGSF, columns_BGCF), dim=2)
-    return _attend_columns(query_BGJQD[..., queries, :], columns_BGCF, bias, scaling, dropout)
+    return attend_columns(query_BGJQD[..., queries, :], columns_BGCF, bias, scaling, dropout)
 
 
 def _equal_blocks(
@@ -104,14 +104,18 @@ def _equal_blocks(
     query_P = torch.arange(begin, begin + block, device=query_BGJQD.device)
     bias = near_mask(exact, None, query_P, slice(low, low + width), query_BGJQD.dtype)
     query_XGJPD = query_BGJQD.unflatten(3, (count, block)).movedim(3, 1).flatten(0, 1)
-    out_XGJPD, lse_XGJP = _attend_columns(query_XGJPD, columns_XGCF, bias, scaling, dropout)
+    out_XGJPD, lse_XGJP = attend_columns(query_XGJPD, columns_XGCF, bias, scaling, dropout)
     out_BNGJPD, lse_BNGJP = (x.unflatten(0, (B, count)) for x in (out_XGJPD, lse_XGJP))
     return out_BNGJPD.movedim(1, 3).flatten(3, 4), lse_BNGJP.movedim(1, 3).flatten(3, 4)
 
 
-def _attend_columns(
+def attend_columns(
     query_BGJPD: Tensor, columns_BGCF: Tensor, bias: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
+    """Attention of grouped queries over tokens at full width.  [-> BGJPD, BGJP]
+
+    `bias` [B|1 1 P C] is added to scores.
+    """
     J, P, D = query_BGJPD.shape[2:]
     if bias is not None:
         bias = bias[:, :, None].expand(-1, -1, J, -1, -1).flatten(2, 3)

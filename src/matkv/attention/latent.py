@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matkv.attention.exact import attend_exact
+from matkv.attention.fixed import attend_fixed, fixed_masks
 from matkv.attention.kernels import cpu, native
 from matkv.attention.masks import additive, causal_bias, far_mask
 from matkv.attention.parts import attend_part, even_lse, flows, merge
 from matkv.errors import UnsupportedModelError
 from matkv.latents import compiled
-from matkv.latents.latents import Exact, Latents
+from matkv.latents.latents import Exact, Fixed, Latents
 from matkv.latents.layer import LayerProjection, per_head
 from matkv.latents.native import DTYPES
 
@@ -50,10 +51,11 @@ def attend(
     Raises:
         UnsupportedModelError: the mask differs between heads, as a position bias does.
     """
-    queries = query_BHQD.shape[2]
-    if latents.is_static and mask is None:
-        latents = Latents(latents.projection, [rows[:, :, :queries] for rows in latents.rows])
-    _check_mask(mask, queries, latents.tokens)
+    if latents.has_room and mask is not None:
+        mask = mask[..., : latents.tokens]
+    _check_mask(mask, query_BHQD.shape[2], latents.tokens)
+    if latents.fixed is not None:
+        return _attend_fixed(latents, latents.fixed, query_BHQD, mask, scaling, dropout)
     if latents.exact is not None:
         return _attend_both(latents, latents.exact, query_BHQD, mask, scaling, dropout)
     mask = None if mask is None else additive(mask, latents.rows[0].dtype)
@@ -123,6 +125,27 @@ def _attend_both(
     lse_far_BHQ = latents.projection.leave(lse_BGX, queries - early)
     merged_BHQD = merge(far_BHQD, lse_far_BHQ, *near)
     return torch.cat((near_BHQD[:, :, :early], merged_BHQD), dim=2) if early else merged_BHQD
+
+
+def _attend_fixed(
+    latents: Latents,
+    fixed: Fixed,
+    query_BHQD: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Exact tokens and latents in shapes that never change."""
+    queries, rows = query_BHQD.shape[2], latents.rows[0]
+    near_bias, far_bias = fixed_masks(fixed, mask, rows.shape[2], query_BHQD.dtype)
+    columns = fixed.columns_BGCF.shape[2]
+    if columns == 0:
+        return _attend_rows(latents, query_BHQD, far_bias, scaling, dropout, _sdpa)[0]
+    near = attend_fixed(fixed, query_BHQD, near_bias, scaling=scaling, dropout=dropout)
+    if rows.shape[2] == 0:
+        return near[0]
+    far_BHQD, lse_BGX = _attend_rows(latents, query_BHQD, far_bias, scaling, dropout, attend_part)
+    return merge(far_BHQD, latents.projection.leave(lse_BGX, queries), *near)
 
 
 def _attend_rows(

@@ -1,8 +1,14 @@
 """Caches of latents, as transformers' caches."""
 
-from matkv.cache.cache import LatentCache, full_states, new_cache, refill, storage_nbytes
+from matkv.cache.cache import (
+    LatentCache,
+    StaticLatentCache,
+    full_states,
+    new_cache,
+    refill,
+    storage_nbytes,
+)
 from matkv.cache.layer import LatentLayer
-from matkv.cache.static import StaticLatentCache
 
 __all__ = [
     "LatentCache",

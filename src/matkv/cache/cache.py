@@ -16,10 +16,14 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
 )
 
 from matkv.cache.layer import HoldsLatents, LatentLayer, tokens_removed
 from matkv.cache.naming import cache_argument
+from matkv.cache.padding import Starts
+from matkv.cache.static import StaticLatentLayer
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
 
@@ -86,6 +90,54 @@ class LatentCache(DynamicCache):
         )
 
 
+class StaticLatentCache(Cache):
+    """A cache of latents for an attached model with room for `max_cache_len` tokens, for good.
+
+    Layers with a sliding window are transformers' own static ones, at full width. Where the model
+    keeps recent tokens exact, room is made for `rollback` more of them: so many can be cropped.
+
+    Raises:
+        CacheError: the model is not attached, or a number is not positive.
+    """
+
+    def __init__(self, model: nn.Module, max_cache_len: int, *, rollback: int = 0) -> None:
+        if max_cache_len < 1 or rollback < 0:
+            raise CacheError(
+                f"max_cache_len {max_cache_len} and rollback {rollback} must be numbers of tokens: "
+                "at least one, and none or more"
+            )
+        text = decoder_config(model)
+        super().__init__(layers=StaticCache(config=text, max_cache_len=max_cache_len).layers)
+        use_latents(self, model, rollback=rollback)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens of every layer, or of none.
+
+        Raises:
+            CacheError: `tokens_to_remove` is positive, a layer has a sliding window, or has dropped
+                what it would need.
+        """
+        removed = tokens_removed(tokens_to_remove)
+        for layer in self.layers:
+            if not isinstance(layer, StaticLatentLayer):
+                raise CacheError(
+                    "a static cache with a sliding window cannot be cropped: use LatentCache(model)"
+                )
+            layer.check_crop(removed)
+        super().crop(-removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute sequences, in place."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        held = next(layer for layer in self.layers if isinstance(layer, StaticLatentLayer))
+        held.starts.select(beam_idx)  # which all layers share
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages the cache holds, room for later tokens included."""
+        return storage_nbytes(self)
+
+
 def new_cache(model: nn.Module) -> Cache:
     """An empty cache of the kind the model runs with: latent when attached, else a DynamicCache."""
     if attached_projections(model):
@@ -113,7 +165,9 @@ def storage_nbytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
-def use_latents(cache: Cache, model: nn.Module, *, max_cache_len: int | None = None) -> None:
+def use_latents(
+    cache: Cache, model: nn.Module, *, max_cache_len: int | None = None, rollback: int = 0
+) -> None:
     """Give `cache` latent layers of the model's attachment where it grows, in place.
 
     Layers without tokens are replaced; latent ones with tokens of the same bases stay as they are.
@@ -134,6 +188,7 @@ def use_latents(cache: Cache, model: nn.Module, *, max_cache_len: int | None = N
         layers = layers + [lazy() for _ in range(len(layers), max(projections) + 1)]
     latent = {index for index, layer in enumerate(layers) if isinstance(layer, HoldsLatents)}
     seats: dict[int, Any] = {}
+    starts = Starts()
     for index in sorted(latent | set(projections)):
         layer = layers[index] if index < len(layers) else None
         projection = projections.get(index)
@@ -141,6 +196,8 @@ def use_latents(cache: Cache, model: nn.Module, *, max_cache_len: int | None = N
             seats[index] = layer.follow(projection)
         elif projection is not None and type(layer) is DynamicLayer and not layer.is_initialized:
             seats[index] = LatentLayer(projection, max_cache_len)
+        elif projection is not None and type(layer) is StaticLayer and not layer.get_seq_length():
+            seats[index] = _static_seat(layer, projection, rollback, starts)
         else:
             raise CacheError(
                 f"layer {index} of the {type(cache).__name__} cannot take latents: pass "
@@ -149,7 +206,19 @@ def use_latents(cache: Cache, model: nn.Module, *, max_cache_len: int | None = N
     cache.layers = [seats.get(index, layer) for index, layer in enumerate(layers)]
     if type(cache) is DynamicCache:
         cache.__class__ = LatentCache
+    elif type(cache) is StaticCache:
+        cache.__class__ = StaticLatentCache
     _warn_once(cache, projections)
+
+
+def _static_seat(
+    layer: StaticLayer, projection: LayerProjection, rollback: int, starts: Starts
+) -> StaticLatentLayer:
+    """A static layer's successor, which has its tensors if the other had."""
+    seat = StaticLatentLayer(projection, layer.max_cache_len, rollback=rollback, starts=starts)
+    if layer.keys is not None and layer.values is not None:
+        seat.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
+    return seat
 
 
 def _is_seated(cache: Cache, model: nn.Module) -> bool:

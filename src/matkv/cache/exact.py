@@ -18,21 +18,11 @@ from matkv.latents.latents import Exact
 GRAIN = 16
 
 
-class ExactTokens:
-    """The first `sink` tokens and the last `recent` of one layer; none is in both.
-
-    The recent ones are the stretch `held` of a buffer [B G room F], in order. Tokens between are
-    latents: those in the slots from `sink` to the last `recent`, with padding too, because what is
-    in an earlier slot is a sink or padding. Where padding lies among tokens, more slots are held,
-    so that every sequence has its `recent` tokens.
-    """
+class Split:
+    """Which tokens of one layer are exact: the first `sink` and the last `recent`."""
 
     def __init__(self, sink: int, recent: int) -> None:
         self.sink, self.recent = sink, recent
-        self.sink_BGSF: Tensor | None = None
-        self.buffer: Tensor | None = None
-        self.held = slice(0, 0)
-        self.slots = Slots(sink, recent)
 
     @property
     def reach(self) -> int:
@@ -46,6 +36,23 @@ class ExactTokens:
     def far(self, length: int) -> int:
         """How many of these the newest query reads."""
         return max(0, length - self.sink - self.reach)
+
+
+class ExactTokens(Split):
+    """The first `sink` tokens and the last `recent` of one layer; none is in both.
+
+    The recent ones are the stretch `held` of a buffer [B G room F], in order. Tokens between are
+    latents: those in the slots from `sink` to the last `recent`, with padding too, because what is
+    in an earlier slot is a sink or padding. Where padding lies among tokens, more slots are held,
+    so that every sequence has its `recent` tokens.
+    """
+
+    def __init__(self, sink: int, recent: int) -> None:
+        super().__init__(sink, recent)
+        self.sink_BGSF: Tensor | None = None
+        self.buffer: Tensor | None = None
+        self.held = slice(0, 0)
+        self.slots = Slots(sink, recent)
 
     def append(self, new_BGTF: Tensor, first: int, *, keep_all: bool) -> tuple[Exact, Tensor]:
         """Add the tokens in the slots from `first` on.

@@ -5,7 +5,7 @@ Shapes: B batch, G KV head, T token, D head dim."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from matkv.cache.exact import ExactTokens
-from matkv.cache.padding import Padding
+from matkv.cache.padding import Padding, Slots
 from matkv.cache.rows import Rows
 from matkv.errors import CacheError
 from matkv.latents.latents import Latents
@@ -26,7 +26,13 @@ class HoldsLatents:
     """What layers of latents have in common, growing or static: they belong to a projection."""
 
     projection: LayerProjection
+    exact: Any
     is_initialized: bool
+
+    @staticmethod
+    def note(held: Sequence[Any], seen_BT: Tensor, batch: int, queries: int) -> None:
+        """`note_padding` of layers of this kind that keep some tokens exact."""
+        raise NotImplementedError
 
     @property
     def keys(self) -> None:
@@ -83,6 +89,7 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
     untouched to the registered attention function.
     """
 
+    exact: ExactTokens | None
     is_compileable = False
     is_croppable = True
 
@@ -206,6 +213,21 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
             every = torch.arange(self.buffers[0].shape[0], device=self.buffers[0].device)
             self._select(every.repeat_interleave(repeats))
 
+    @staticmethod
+    def note(held: Sequence[Any], seen_BT: Tensor, batch: int, queries: int) -> None:
+        """See `note_padding`."""
+        slots: list[Slots] = [layer.exact.slots for layer in held]
+        first: int = held[0].length
+        is_settled = queries == 1 and all(places.settled <= first for places in slots)
+        real_BQ = seen_BT[:, first : first + queries].expand(batch, -1)
+        real_BQ = F.pad(real_BQ, (0, queries - real_BQ.shape[1]))
+        if (is_settled and real_BQ.device.type != "cpu") or bool(real_BQ.all()):
+            return
+        before_BT = slots[0].real(batch, first, real_BQ.device)
+        padding = Padding.of(torch.cat((before_BT, real_BQ), dim=1))
+        for places in slots:
+            places.note(padding, first)
+
     # ---- moving, and bytes
 
     @property
@@ -252,16 +274,8 @@ def note_padding(layers: Iterable[Any], seen_BT: Tensor | None, batch: int, quer
     `seen_BT` says it of all slots, those further on are padding. On an accelerator single tokens
     are trusted to be none once every sequence has its sinks: looking would wait for the device.
     """
-    held = [layer for layer in layers if isinstance(layer, LatentLayer)]
-    slots = [layer.exact.slots for layer in held if layer.exact is not None]
-    if not slots or seen_BT is None:
-        return
-    first = held[0].length
-    is_settled = queries == 1 and all(places.settled <= first for places in slots)
-    real_BQ = seen_BT[:, first : first + queries].expand(batch, -1)
-    real_BQ = F.pad(real_BQ, (0, queries - real_BQ.shape[1]))
-    if (is_settled and real_BQ.device.type != "cpu") or bool(real_BQ.all()):
-        return
-    padding = Padding.of(torch.cat((slots[0].real(batch, first, real_BQ.device), real_BQ), dim=1))
-    for places in slots:
-        places.note(padding, first)
+    held = [
+        layer for layer in layers if isinstance(layer, HoldsLatents) and layer.exact is not None
+    ]
+    if held and seen_BT is not None:
+        held[0].note(held, seen_BT, batch, queries)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matkv.errors import CacheError
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -115,3 +117,63 @@ class Slots:
         if first and self.sink_BS is not None:
             found_BS = torch.where(self.sink_BS < first, self.sink_BS, found_BS)
         self.sink_BS = found_BS
+
+
+class Starts:
+    """Where the sequences of a static cache start, behind the padding on their left.
+
+    All layers of a cache share them. A sequence that has no token yet starts at the next slot.
+    `is_settled`: every sequence has started.
+    """
+
+    def __init__(self) -> None:
+        self.start_B: Tensor | None = None
+        self.is_padded, self.is_settled = False, True
+
+    def sinks(self, count: int) -> Tensor:
+        """The slots of the first tokens.  [B|1 S]"""
+        if not self.is_padded:
+            device = None if self.start_B is None else self.start_B.device
+            return torch.arange(count, device=device)[None]
+        assert self.start_B is not None
+        return self.start_B[:, None] + torch.arange(count, device=self.start_B.device)
+
+    def prepare(self, batch: int, device: torch.device) -> None:
+        """Make the tensor, whose address stays for good."""
+        if self.start_B is None or self.start_B.shape[0] != batch or self.start_B.device != device:
+            self.start_B = torch.zeros(batch, dtype=torch.long, device=device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.start_B)
+
+    def note(self, real_BT: Tensor, first: Tensor | int) -> None:
+        """Take in which of the slots from `first` on hold tokens."""
+        assert self.start_B is not None
+        empty_B = (real_BT.cumsum(-1) == 0).sum(-1)
+        self.start_B.copy_(torch.where(self.start_B >= first, first + empty_B, self.start_B))
+        self.is_padded = True
+
+    def check(self, real_BT: Tensor, first: int) -> None:
+        """Look at what was noted; waits for the device.
+
+        Raises:
+            CacheError: there is padding after a sequence's start.
+        """
+        assert self.start_B is not None
+        slot_T = torch.arange(first, first + real_BT.shape[1], device=real_BT.device)
+        if bool((~real_BT & (slot_T >= self.start_B[:, None])).any()):
+            raise CacheError(
+                "a static cache that keeps tokens exact takes padding on the left alone: pad so, "
+                "or use LatentCache(model)"
+            )
+        self.is_settled = bool((self.start_B < first + real_BT.shape[1]).all())
+
+    def cut(self, length: int) -> None:
+        """Forget the slots from `length` on."""
+        if self.start_B is not None:
+            self.start_B.clamp_(max=length)
+            self.is_padded = self.is_padded and length > 0
+            self.is_settled = not self.is_padded or bool((self.start_B < length).all())
+
+    def select(self, index_B: Tensor) -> None:
+        if self.is_padded and self.start_B is not None:
+            self.start_B.copy_(self.start_B.index_select(0, index_B.to(self.start_B.device)))

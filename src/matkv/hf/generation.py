@@ -13,9 +13,8 @@ from transformers.cache_utils import Cache
 
 from matkv.attention.masks import seen_slots
 from matkv.cache.cache import LatentCache, use_latents
-from matkv.cache.layer import LatentLayer, note_padding
+from matkv.cache.layer import HoldsLatents, note_padding
 from matkv.cache.naming import NAMES, cache_name
-from matkv.cache.static import StaticLatentLayer
 from matkv.errors import CacheError, UnsupportedModelError
 
 PREPARE = "_prepare_cache_for_generation"
@@ -112,5 +111,4 @@ class PrepareGeneration:
 
 def is_latent(cache: Any) -> bool:
     """Whether a cache holds latents in the layers that grow."""
-    kinds = LatentLayer, StaticLatentLayer
-    return any(isinstance(layer, kinds) for layer in getattr(cache, "layers", ()))
+    return any(isinstance(layer, HoldsLatents) for layer in getattr(cache, "layers", ()))

@@ -1,7 +1,7 @@
 """What a cache hands to attention: rows of latents, and the tokens that are exact.
 
-Shapes: B batch, N heads of one bucket, G KV head, T token, S sink token, K recent token, C row
-columns, F = 2 D, [key | value]."""
+Shapes: B batch, N heads of one bucket, G KV head, Q query, T token, S sink token, K recent token,
+C row columns, or exact tokens, F = 2 D, [key | value]."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ class Latents:
 
     `rows` holds a tensor [B N T C] per bucket of `projection`. When tokens are kept exact they are
     in `exact`, and the rows are those of the tokens between, as far as the last query reads them.
-    `is_static`: the rows have room for later tokens, which a mask hides; only the prompt of an
-    empty cache comes without one.
+    With `fixed` shapes the rows have room for later tokens. A mask may cover room for later tokens
+    where the cache has it, `has_room`.
     """
 
     projection: LayerProjection
     rows: list[Tensor]
     exact: Exact | None = None
-    is_static: bool = False
+    fixed: Fixed | None = None
+    has_room: bool = False
 
     @property
     def tokens(self) -> int:
-        return self.rows[0].shape[2] if self.exact is None else self.exact.tokens
+        exact = self.fixed or self.exact
+        return self.rows[0].shape[2] if exact is None else exact.tokens
 
     def __getattr__(self, name: str) -> NoReturn:
         """Another attention function, of a model no longer attached, takes this for a tensor."""
@@ -73,3 +75,22 @@ class Exact:
     @property
     def is_padded(self) -> bool:
         return self.sink_BS is not None or self.count_BT is not None
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same in tensors whose shapes say nothing of how many tokens there are.
+
+    `columns_BGCF` are the sinks, in the slots `sink_BS` of `tokens`, and other tokens at full
+    width, in the slots `place_C`, below zero where there is none. Of these a query, in one of the
+    slots `query_Q`, reads the last `reach` up to its own, and of the rows, from slot `sink` on, the
+    earlier ones. Without exact tokens there are no columns, and `reach` is 0.
+    """
+
+    columns_BGCF: Tensor
+    sink_BS: Tensor
+    place_C: Tensor
+    query_Q: Tensor
+    tokens: int
+    reach: int
+    sink: int
