@@ -242,11 +242,11 @@ def test_items_score_as_through_the_latent_cache(
 def test_64_greedy_tokens_of_growing_and_static_caches(
     loaded: tuple[Any, Any], model: Any, budget: float
 ) -> None:
-    """The artifact that comes along: codes, sinks and recent tokens; static by a compiled step, too."""
+    """The artifact that comes along: codes, sinks and recent tokens; static also compiled."""
     text = data.read_texts("default", "validation")[0]
     ids = loaded[1](text, return_tensors="pt").input_ids[:, :150]
     matkv.attach(model, "smollm2-135m", budget)
-    how = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    how: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
     how["attention_mask"] = torch.ones_like(ids)
     growing = model.generate(ids, **how)
     how["cache_implementation"] = "static"

@@ -207,7 +207,7 @@ def use_latents(
     if type(cache) is DynamicCache:
         cache.__class__ = LatentCache
     elif type(cache) is StaticCache:
-        cache.__class__ = StaticLatentCache
+        cache.__class__ = StaticLatentCache  # type: ignore[assignment]
     _warn_once(cache, projections)
 
 
