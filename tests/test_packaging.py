@@ -10,6 +10,7 @@ from typing import Any
 
 import matkv
 from matkv.commands.machine import PARTS
+from matkv.latents import compiled
 from pages import README, ROOT, links, messages
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -23,6 +24,13 @@ def test_the_version_is_one() -> None:
 
 def test_types_are_shipped() -> None:
     assert (Path(matkv.__file__).parent / "py.typed").is_file()
+
+
+def test_the_source_of_the_kernel_is_in_the_package() -> None:
+    """All of a package's files are in its wheel and sdist, but those that git ignores."""
+    assert compiled.SOURCE.is_file() and Path(matkv.__file__).parent in compiled.SOURCE.parents
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert not any(compiled.SOURCE.match(pattern.strip("/")) for pattern in ignored)
 
 
 def test_an_sdist_has_every_file_that_tests_and_the_readme_read() -> None:

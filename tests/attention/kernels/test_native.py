@@ -6,7 +6,10 @@ D head dim.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -29,6 +32,10 @@ from one_query import SCALING, D, G, check, padding, queries
 from tiny import greedy, largest_difference, left_padded, tokens
 
 KERNELS = [*compiled.INSTRUCTIONS, "DEFAULT"]
+LAYERS = {
+    **{name: (coded_layer, bands) for name, bands in BANDS.items()},
+    **{f"ranks {name}": (plain_layer, ranks) for name, ranks in RANKS.items() if "all" not in name},
+}
 every_mix = pytest.mark.parametrize("bands", BANDS.values(), ids=BANDS)
 
 
@@ -186,6 +193,47 @@ def test_halves_are_rounded_to_nearest_even(decode: Any, dtype: torch.dtype) -> 
     assert torch.equal(out[:, 0, 0, -D], mean.to(dtype))
 
 
+# ---- nothing behind the rows is read
+
+
+def fenced(row: torch.Tensor) -> torch.Tensor:
+    """A copy at whose end memory ends: reading on would end the process."""
+    size, page = row.numel() * row.element_size(), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + pages * page), ctypes.c_size_t(page), 0) == 0
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    FENCES.append((memory, whole))
+    copy = whole[pages * page - size : pages * page].view(row.dtype).view(row.shape)
+    copy.copy_(row)
+    return copy
+
+
+FENCES: list[object] = []  # a fence is never taken down: what it guards may still be used
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fences are those of Linux")
+@pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("length", [1, 2, 67])
+def test_nothing_behind_the_rows_is_read(decode: Any, made: Any, length: int) -> None:
+    make, table = made
+    latents = make(table, 2, length)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = [
+            (row if row.dtype == torch.uint8 else row.to(dtype)).contiguous()
+            for row in latents.rows
+        ]
+        rows_fenced = [fenced(row) if row.numel() else row for row in rows]
+        projection = latents.projection
+        query = torch.randn(2, G, 3, projection.width, generator=torch.Generator().manual_seed(0))
+        ends = [
+            decode(query.to(dtype), one, projection, None, SCALING) for one in (rows, rows_fenced)
+        ]
+        assert all(map(torch.equal, *ends))
+
+
 # ---- pages
 
 
@@ -219,12 +267,6 @@ def paged(latents: Latents, lengths: list[int], page: int, *, seed: int = 0) -> 
             if kinds == 2:
                 codes_KNY[place] = planes[1][b, t]
     return native.Paged(numbers_KNP, codes_KNY, table, torch.tensor(lengths, dtype=torch.int32))
-
-
-LAYERS = {
-    **{name: (coded_layer, bands) for name, bands in BANDS.items()},
-    **{f"ranks {name}": (plain_layer, ranks) for name, ranks in RANKS.items() if "all" not in name},
-}
 
 
 @pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
