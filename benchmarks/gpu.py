@@ -8,7 +8,8 @@ decode kernels against attention in double precision, for mixes of ranks and of 
 decode attention against full-width kernels, with the share of the measured bandwidth that it
 reaches; a 7B decoder with random weights, tokens a second at every batch that fits, and a step in a
 CUDA graph. A part that fails is a row with its error, and the next one goes on. Cells that exceed
-the memory are left out. Not here yet: prefill, and training in several processes.
+the memory are left out. Budgets come as ragged ranks, and as codes of equal bits for all heads. Not
+here yet: prefill, and training in several processes (`gpu_train.py` trains in one).
 
 Shapes: B batch, H query head, G KV head, T token, D head dim.
 """
@@ -21,8 +22,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,11 +52,13 @@ from matkv.benchmark.decode import random_model
 from matkv.benchmark.timing import Spread, take_turns
 from matkv.cache import LatentCache, LatentLayer, StaticLatentCache, storage_nbytes
 from matkv.cache.naming import cache_argument
+from matkv.codes import Bands
 from matkv.files import replacing
+from matkv.hf.observe import fit_quantizers
 from matkv.latents.coding import SideCoding
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
-from matkv.ranks import LayerBands, LayerRanks
+from matkv.ranks import SIDES, LayerBands, LayerRanks, RankTable
 
 Row = dict[str, Any]
 SCALING = 0.1
@@ -74,6 +78,14 @@ CODED: dict[str, tuple[LayerBands, LayerBands]] = {
         ((1, 2, 22, 79), (0, 0, 0, 0), (0, 128, 0, 0), (2, 7, 1, 0)),
     ),
 }
+# Bands of every head where a budget is kept as codes: shares of its columns at 16, 8, 4, 2 bits.
+AS_CODES: dict[float, tuple[float, float, float, float]] = {
+    0.5: (0, 1, 0, 0),
+    0.25: (0, 0, 1, 0),
+    0.125: (0, 0, 0, 1),
+    0.0625: (0, 0, 0, 0.5),
+}
+TILED = 64  # tokens whose codes are made, and then repeated
 # How far the result may be from double precision, relative to its norm.
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -261,18 +273,13 @@ def _cell(
     query = _random(plan, row["batch"], heads, 1, dim)
     candidates = _full_width(query, _random(plan, *shape, dim), _random(plan, *shape, dim))
     kept: dict[str, int] = {}
-    for budget in plan.budgets:
-        key_ranks, value_ranks = (ragged_ranks(kv_heads, dim, budget, generator) for _ in range(2))
-        key_maps, value_maps = (_orthogonal(kv_heads, dim, generator) for _ in range(2))
-        projection = LayerProjection(key_maps, value_maps, key_ranks, value_ranks)
-        projection = projection.to(plan.device, query.dtype)
-        rows = [
-            _random(plan, row["batch"], b.heads.stop - b.heads.start, row["context"], b.row_width)
-            for b in projection.buckets
-        ]
-        name = f"{budget:.2%}"
-        kept[name] = sum(x.numel() * x.element_size() for x in rows)
-        latents = Latents(projection, rows)
+    for budget, as_codes in product(plan.budgets, (False, True)):
+        if as_codes and budget not in AS_CODES:
+            continue
+        make = _coded_latents if as_codes else _ragged_latents
+        latents = make(plan, kv_heads, dim, row, budget, generator)
+        name = f"{budget:.2%}{' codes' if as_codes else ''}"
+        kept[name] = sum(x.numel() * x.element_size() for x in latents.rows)
         candidates[name] = partial(attend, latents, query, None, scaling=dim**-0.5)
     times = take_turns(candidates, plan.rounds, device=plan.device)
     full = min(Spread.of(taken).median for name, taken in times.items() if name not in kept)
@@ -281,6 +288,51 @@ def _cell(
         nbytes = kept.get(name, 4 * row["batch"] * kv_heads * row["context"] * dim)
         rate = nbytes / ms * 1e3
         yield {**row, "kernel": name, "ms": ms, "speedup": full / ms, "of_copy": rate / copy_rate}
+
+
+def _ragged_latents(
+    plan: Plan, kv_heads: int, dim: int, row: Row, budget: float, generator: torch.Generator
+) -> Latents:
+    """Random rows of ragged ranks."""
+    key_ranks, value_ranks = (ragged_ranks(kv_heads, dim, budget, generator) for _ in range(2))
+    key_maps, value_maps = (_orthogonal(kv_heads, dim, generator) for _ in range(2))
+    projection = LayerProjection(key_maps, value_maps, key_ranks, value_ranks)
+    projection = projection.to(plan.device, torch.bfloat16)
+    rows = [
+        _random(plan, row["batch"], b.heads.stop - b.heads.start, row["context"], b.row_width)
+        for b in projection.buckets
+    ]
+    return Latents(projection, rows)
+
+
+def _coded_latents(
+    plan: Plan, kv_heads: int, dim: int, row: Row, budget: float, generator: torch.Generator
+) -> Latents:
+    """Codes of a few random tokens, over and over, the same bands for every head."""
+    key_maps, value_maps = (_orthogonal(kv_heads, dim, generator) for _ in range(2))
+    bands = _bands(budget, dim)
+    coding = [
+        SideCoding((bands,) * kv_heads, fit(torch.randn(kv_heads, 200, dim, generator=generator)))
+        for _ in range(2)
+    ]
+    ranks = (sum(bands),) * kv_heads
+    pair = coding[0], coding[1]
+    projection = LayerProjection(key_maps, value_maps, ranks, ranks, coding=pair)
+    projection = projection.to(plan.device, torch.bfloat16)
+    few = min(TILED, row["context"])
+    states = [_random(plan, 1, kv_heads, few, dim) for _ in range(2)]
+    latents, _ = LatentLayer(projection).update(*states)
+    times = -(-row["context"] // few)
+    rows = [
+        x_BNTC.repeat(row["batch"], 1, times, 1)[:, :, : row["context"]].contiguous()
+        for x_BNTC in latents.rows
+    ]
+    return Latents(projection, rows)
+
+
+def _bands(budget: float, dim: int) -> Bands:
+    wide, eight, four, two = (int(share * dim) for share in AS_CODES[budget])
+    return wide, eight, four, two
 
 
 def _full_width(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], object]]:
@@ -318,11 +370,14 @@ def whole_model(plan: Plan) -> Iterator[Row]:
     """Tokens a second of every batch that fits, full and at each budget, and in a CUDA graph."""
     model = random_model(plan.model, torch.bfloat16, device=plan.device)
     ids = torch.randint(plan.model.vocab_size, (2, 64), device=plan.device)
-    artifact = matkv.calibrate(model, [ids])
-    for budget in (None, *plan.budgets):
+    artifact = _with_quantizers(model, matkv.calibrate(model, [ids]), ids)
+    coded = [budget for budget in plan.budgets if budget in AS_CODES]
+    ways = [(None, False), *((one, True) for one in coded), *((one, False) for one in plan.budgets)]
+    for budget, as_codes in ways:
         if budget is not None:
-            matkv.attach(model, artifact, budget)
-        name = "full" if budget is None else f"{budget:.2%}"
+            table = _coded_table(artifact, budget) if as_codes else artifact.table(budget)
+            matkv.attach(model, artifact, ranks=table)
+        name = "full" if budget is None else f"{budget:.2%}{' codes' if as_codes else ''}"
         for batch in plan.model_batches:
             room = plan.model_context + plan.rounds + 4
             latent_cache = partial(LatentCache, model, max_cache_len=room)
@@ -334,6 +389,33 @@ def whole_model(plan: Plan) -> Iterator[Row]:
             yield {"cache": name, "batch": batch, **row}
         yield {"cache": name, "batch": 1, "graph": True, **_graph(plan, model, budget)}
         matkv.detach(model)
+
+
+def _with_quantizers(
+    model: PreTrainedModel, artifact: matkv.Artifact, ids_BT: Tensor
+) -> matkv.Artifact:
+    """The artifact with steps for codes of all its columns."""
+    maps = {
+        layer: {side: its.maps for side, its in sides.items()}
+        for layer, sides in artifact.bases.items()
+    }
+    found = fit_quantizers(model, maps, [{"input_ids": ids_T} for ids_T in ids_BT])
+    bases = {
+        layer: {side: replace(its, quantizer=found[layer, side]) for side, its in sides.items()}
+        for layer, sides in artifact.bases.items()
+    }
+    return replace(artifact, bases=bases)
+
+
+def _coded_table(artifact: matkv.Artifact, budget: float) -> RankTable:
+    """The same bands for all heads of all layers."""
+    bands = {
+        (layer, side, head): _bands(budget, artifact.geometry.layers[layer].head_dim)
+        for layer in artifact.geometry.growing
+        for side in SIDES
+        for head in range(artifact.geometry.layers[layer].kv_heads)
+    }
+    return RankTable.banded(artifact.geometry, bands)
 
 
 def _step(plan: Plan, model: PreTrainedModel, cache: Any, batch: int) -> Row:

@@ -28,7 +28,13 @@ def test_every_part_runs(
     assert len(found["exactness"]) == 2 * len({**benchmark.MIXES, **benchmark.CODED})
     assert all(row["passes"] for row in found["exactness"])
     names = {row["cache"] for row in found["whole model"]}
-    assert names == {"full", "25.00%"}
+    assert names == {"full", "25.00%", "25.00% codes"}
+    kernels = {row["kernel"] for row in found["decode attention"]}
+    assert {"25.00%", "25.00% codes"} < kernels
+    bytes_of = {
+        row["cache"]: row["cache_bytes"] for row in found["whole model"] if row.get("batch") == 2
+    }
+    assert bytes_of["25.00% codes"] < bytes_of["full"]  # spare room counts here
     assert "0 not within bounds" in capsys.readouterr().out
 
 
