@@ -51,6 +51,10 @@ class Windows:
 
     def most(self, new: int, longest: int) -> int:
         """The most pages that a request has, with `new` tokens in one step."""
-        window = -(-(self.recent + self.grain) // self.size) + 1 if self.recent else 0
-        held = self.sinks + window * (2 + -(-new // CHECKPOINT))
+        held = self.sinks
+        if self.recent:
+            before, after = (
+                -(-tokens // self.size) + 1 for tokens in (self.recent, self.recent + self.grain)
+            )
+            held += before + after + before * -(-new // CHECKPOINT)
         return min(held, -(-longest // self.size) + 1)
