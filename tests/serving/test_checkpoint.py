@@ -22,6 +22,19 @@ def test_a_checkpoint_is_recognized(any_family: Tiny, tmp_path: Path, shards: st
     any_family.artifact.check(any_family.geometry, found)
 
 
+def test_the_default_dtype_does_not_matter(tmp_path: Path) -> None:
+    model = tiny("llama").model
+    model.save_pretrained(tmp_path)
+    wanted, before = of_model(model), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as vLLM does
+        found = fingerprint(str(tmp_path), model.config)
+        assert found == wanted == of_model(model)
+        tiny("llama").artifact.check(tiny("llama").geometry, found)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_names_may_lack_what_comes_before_the_layers(tmp_path: Path) -> None:
     model = tiny("llama").model
     model.model.save_pretrained(tmp_path)

@@ -303,7 +303,7 @@ def _close(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
     """Equal up to what casts between fp32, bf16 and fp16 change."""
     if len(ours) != len(theirs):
         return False
-    a, b = torch.tensor(ours), torch.tensor(theirs)
+    a, b = (torch.tensor(one, dtype=torch.float32) for one in (ours, theirs))
     return bool(torch.allclose(a, b, rtol=0.01, atol=1e-3 * float(b.abs().mean())))
 
 

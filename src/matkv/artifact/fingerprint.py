@@ -13,7 +13,8 @@ SAMPLES, DIGITS = 8, 7
 
 def picks(size: int) -> Tensor:
     """Which numbers of the first weight of a module, of so many: evenly spread.  [P]"""
-    return torch.linspace(0, size - 1, SAMPLES).long()
+    # Whatever the default dtype is: vLLM makes it the model's.
+    return torch.linspace(0, size - 1, SAMPLES, dtype=torch.float32).long()
 
 
 def rounded(weights_P: Tensor) -> list[float]:
