@@ -45,6 +45,7 @@ from matkv.report.sections.quality import perplexity_panel
 KINDS = {"pca": CalibrateConfig(key="pca", value="pca"), "calibrated": CalibrateConfig()}
 MAIN = "distilled"  # the artifact that ends with all there is
 SHIPPED, BEST = "shipped", "comes along"
+APART = 9  # the style of the last curve, which lies on the first: none of the blues
 
 
 def demo(
@@ -269,10 +270,11 @@ def _table(rows: dict[str, list[Record]], resident: dict[float | None, int] | No
 def _plot(rows: dict[str, list[Record]], config: DemoConfig, path: Path) -> Path:
     full = next(iter(rows.values()))[0]["perplexity"]
     drawn = []
-    for style, (name, its_rows) in enumerate(rows.items()):
+    for index, (name, its_rows) in enumerate(rows.items()):
         points = [(row["budget"], row["perplexity"]) for row in its_rows if row["budget"]]
         labels = [amount(value) for _, value in points]
-        drawn.append(Line(label=name, points=points, labels=labels, style=style))
+        style, dash = (APART, 1) if index == len(rows) - 1 else (index, 0)
+        drawn.append(Line(label=name, points=points, labels=labels, style=style, dash=dash))
     title = f"{config.title}, held-out articles, {config.score_tokens:,} tokens"
     x = Axis(label="cache bytes kept", percent=True)
     panel = perplexity_panel(title, x, drawn, full)
