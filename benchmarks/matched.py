@@ -32,7 +32,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.files import replacing
 from matkv.models.default import DEFAULT_MODEL
 from matkv.models.load import load_model
-from matkv.report.pictures.theme import save
+from matkv.report.pictures.theme import Picture, save
 from peers.entries import Calibration
 from peers.protocol import full_bytes_per_token
 
@@ -55,6 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start nothing new after so long")
     parser.add_argument("--dtype", default="auto", help="bfloat16 where it is fast, else float32")
     parser.add_argument("--out", type=Path, default=Path("runs/matched"))
+    parser.add_argument("--picture", type=Path, help="draw loss against bytes there too, PNG")
     parser.add_argument("--table", action="store_true", help="measure nothing, print")
     return parser.parse_args(arguments)
 
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.table:
         measure(options, records)
     text = markdown(records)
-    write(options.out, records, text)
+    drawn = write(options.out, records, text)
+    if drawn is not None and options.picture is not None:
+        save(drawn, options.picture)
     print(text)
 
 
@@ -117,8 +120,8 @@ def sizes_of(options: argparse.Namespace) -> make.Sizes:
     return replace(make.QUICK if options.quick else make.FULL, **given)
 
 
-def write(out: Path, records: Records, text: str) -> None:
-    """The table, its figures and its picture, in files."""
+def write(out: Path, records: Records, text: str) -> Picture | None:
+    """The table, its figures and its picture, in files; returns the picture."""
     contents = {"matched.md": text, "matched.json": json.dumps(summary(records), indent=1)}
     for name, content in contents.items():
         with replacing(out / name) as new:
@@ -126,6 +129,7 @@ def write(out: Path, records: Records, text: str) -> None:
     drawn = picture(records)
     if drawn is not None:
         save(drawn, out / "matched.png")
+    return drawn
 
 
 if __name__ == "__main__":

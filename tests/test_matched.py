@@ -382,5 +382,6 @@ def test_the_command_writes_its_files(
     assert "### 0.5 of the bytes" in printed
     found = {path.name for path in (desk / "out").iterdir()}
     assert {"cells.jsonl", "matched.md", "matched.json", "matched.png"} <= found
-    matched.main(["--table", "--out", str(desk / "out")])
+    matched.main(["--table", "--out", str(desk / "out"), "--picture", str(desk / "loss.png")])
+    assert (desk / "loss.png").read_bytes() == (desk / "out" / "matched.png").read_bytes()
     assert capsys.readouterr().out == printed

@@ -121,4 +121,4 @@ def series_of(row: Json) -> str:
         return method if is_itself else f"matkv, {variant}"
     if method == "QuantizedCache":
         return f"{method}, {row['setting'].split()[0]}"
-    return method.removesuffix(" style")
+    return method.removesuffix(" style").replace("int4 per", "integers per")
