@@ -76,9 +76,9 @@ def layer_coding(
 class Coder(nn.Module):
     """Turns the states of one layer into rows of numbers and of codes, and these into latents.
 
-    Heads are in sorted order. `encode` [G F F] gives coordinates of unit variance, of all columns,
-    because the gain is theirs; `scale` [G F] is their size, and `step` [G F] is in units of it.
-    Latents are in units of a step: the maps of queries and outputs take the rest.
+    Heads are in sorted order. `encode` [G S D D] gives coordinates of unit variance, of all
+    columns, because the gain is theirs; `scale` [G F] is their size, and `step` [G F] is in units
+    of it. Latents are in units of a step: the maps of queries and outputs take the rest.
 
     A bucket's heads have the same bands. Its rows are two tensors: [B N T P], the columns without
     codes, keys' and then values', and [B N T Y] of bytes: the gains of key and of value, where
@@ -96,17 +96,16 @@ class Coder(nn.Module):
     def __init__(self, key: Maps, value: Maps, key_coding: SideCoding, value_coding: SideCoding):
         super().__init__()
         sides = ((key, key_coding), (value, value_coding))
-        G, D = key_coding.quantizer.scale_GD.shape
-        encode_GFF = key.encode_XDD.new_zeros(G, 2 * D, 2 * D)
-        scales, steps = [], []
-        for index, (maps, coding) in enumerate(sides):
-            part, scale_GD = slice(index * D, (index + 1) * D), coding.quantizer.scale_GD
-            encode_GFF[:, part, part] = maps.encode_XDD / scale_GD[:, None]
+        D = key_coding.quantizer.scale_GD.shape[1]
+        encodes, scales, steps = [], [], []
+        for maps, coding in sides:
+            scale_GD = coding.quantizer.scale_GD
+            encodes.append(maps.encode_XDD / scale_GD[:, None])
             scales.append(scale_GD)
             steps.append(coding.steps())
         self.bands = list(zip(key_coding.bands, value_coding.bands, strict=True))
         self.head_dim = D
-        self.register_buffer("encode", encode_GFF, persistent=False)
+        self.register_buffer("encode", torch.stack(encodes, dim=1), persistent=False)
         self.register_buffer("scale", torch.cat(scales, dim=1), persistent=False)
         self.register_buffer("step", torch.cat(steps, dim=1), persistent=False)
 
@@ -116,7 +115,10 @@ class Coder(nn.Module):
         [BGTF]
         """
         with torch.no_grad(), torch.autocast(states_BGTF.device.type, enabled=False):
-            return states_BGTF.float() @ self.encode.float()
+            sides = states_BGTF.float().split(self.head_dim, dim=-1)
+            maps = self.encode.float().unbind(1)
+            parts = [x_BGTD @ map_GDD for x_BGTD, map_GDD in zip(sides, maps, strict=True)]
+            return torch.cat(parts, dim=-1)
 
     def gains_of(self, y_BGTF: Tensor) -> Tensor:
         """The gains of key and value, as bytes.  [BGTS]"""

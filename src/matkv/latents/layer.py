@@ -250,8 +250,8 @@ def projections_nbytes(table: RankTable, dtype: torch.dtype) -> int:
         shape = table.geometry.layers[layer]
         C, M = _widths(list(zip(table.key[layer], table.value[layer], strict=True)))
         # A head has maps [2D C], [D M] and [M D]; its order and place take 8 bytes, its ranks 4.
-        # Where there are codes, the first is [2D 2D], and scales and steps take [2D] each.
-        rows = 2 * shape.head_dim + 2 if table.is_coded(layer) else C
+        # Where there are codes, the first are two of [D D], and scales and steps take [2D] each.
+        rows = shape.head_dim + 2 if table.is_coded(layer) else C
         maps = shape.head_dim * (2 * rows + 2 * M) * dtype.itemsize
         total += shape.kv_heads * (maps + 2 * 8 + 2 * 4)
     return total

@@ -750,7 +750,7 @@ int matkv_decode(const struct call *call) {
 
 struct encoding {
   const char *states;    /* [B G T F], heads in the model's order, F = 2 D, dense */
-  const char *maps;      /* [G F F] to columns of unit variance, a block of D each for both sides */
+  const char *maps;      /* [G 2 D D] to columns of unit variance, of both sides */
   const char *steps;     /* [G F] */
   const int64_t *order;  /* [G]: a head's place among the states */
   const struct head *heads; /* where its rows go: `block` is here the sequence */
@@ -797,7 +797,7 @@ static void coordinates(const struct encoding *call, float *y, const float *x, c
   int64_t D = call->D, size = call->map_dtype == FP32 ? 4 : 2;
   for (int64_t j = 0; j < D; j++) y[j] = 0;
   for (int64_t i = 0; i < D; i++) {
-    const char *row = map + i * 2 * D * size;
+    const char *row = map + i * D * size;
     int64_t j = 0;
     for (; j + W <= D; j += W) {
       floats sum, e = call->map_dtype == FP32   ? numbers_at(row + j * size, FP32)
@@ -828,7 +828,7 @@ int matkv_encode(const struct encoding *call) {
           x[j] = number_at(call->states + (place + j) * itemsize, (int)call->dtype);
         for (int side = 0; side < 2; side++)
           coordinates(call, y + side * D, x + side * D,
-                      call->maps + ((g * F + side * D) * F + side * D) * map_size);
+                      call->maps + (g * 2 + side) * D * D * map_size);
         char *numbers = (char *)head->numbers + b * head->numbers_block + t * head->numbers_token;
         uint8_t *codes = (uint8_t *)head->codes + b * head->codes_block + t * head->codes_token;
         encode_side(call, &head->key, y, step, numbers, codes);
