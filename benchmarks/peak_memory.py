@@ -1,9 +1,10 @@
 """Peak memory of a long context: the process's own high-water mark, full cache against latents.
 
-    python benchmarks/peak_memory.py [--tokens 16384] [--budget 1.0 0.5 0.25] [--json]
+    python benchmarks/peak_memory.py [--tokens 16384] [--budget 1.0 0.5 0.25] [--run RUN] [--json]
 
-A small random model with many layers reads the tokens in chunks, each configuration in a process of
-its own. The same process without any token gives the base that is subtracted.
+A small random model with many layers at equal ranks, or the model of RUN at its tables, codes and
+exact tokens, reads the tokens in chunks, each configuration in a process of its own. The same
+process with one token gives the base that is subtracted.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from matkv import calibrate
+from matkv import Artifact, calibrate, load_model
 from matkv.cache.cache import new_cache
 from matkv.cache.naming import cache_argument
 from matkv.hf.attach import attach
@@ -26,25 +28,39 @@ from matkv.ranks import RankTable
 CHUNK = 256
 
 
-def child(tokens: int, budget: float) -> int:
+def child(tokens: int, budget: float, run: str | None) -> int:
     """Peak bytes of this process after reading `tokens`; budget 0 stands for the full cache."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=48,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=64,
-        max_position_embeddings=tokens + 1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    ids_BT = torch.randint(0, 64, (1, max(tokens, 1)))
-    artifact = calibrate(model, [ids_BT[:, :256]])
-    if budget:
-        attach(model, artifact, ranks=RankTable.uniform(artifact.geometry, budget))
+    model, artifact, table = given(run, budget) if run else random_model(tokens, budget)
+    model.eval()
+    if table is not None:
+        attach(model, artifact, ranks=table)
+    ids_BT = torch.randint(0, model.config.vocab_size, (1, max(tokens, 1)))
     cache = new_cache(model)
     with torch.inference_mode():
         for part_BT in ids_BT[:, :tokens].split(CHUNK, dim=1):
             if part_BT.numel():
                 model.get_decoder()(part_BT, **cache_argument(model, cache), use_cache=True)
     return high_water_mark()
+
+
+def given(run: str, budget: float) -> tuple[Any, Artifact, RankTable | None]:
+    """The model of an artifact in the processor's fast dtype, and its table for a budget."""
+    artifact = Artifact.load(run)
+    model, _ = load_model(artifact.base_model)
+    return model, artifact, artifact.table(budget) if budget else None
+
+
+def random_model(tokens: int, budget: float) -> tuple[Any, Artifact, RankTable | None]:
+    """Many layers, and little else."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=48,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=64,
+        max_position_embeddings=tokens + 1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    artifact = calibrate(model, [torch.randint(0, 64, (1, 256))])
+    return model, artifact, RankTable.uniform(artifact.geometry, budget) if budget else None
 
 
 def high_water_mark() -> int:
@@ -56,7 +72,7 @@ def high_water_mark() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(tokens: int, budget: float) -> int:
+def measure(tokens: int, budget: float, run: str | None) -> int:
     command = [
         sys.executable,
         __file__,
@@ -65,6 +81,7 @@ def measure(tokens: int, budget: float) -> int:
         str(tokens),
         "--budget",
         str(budget),
+        *(("--run", run) if run else ()),
     ]
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}  # no heap of its own for every thread
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -75,14 +92,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--budget", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--run", help="an artifact, as smollm2-135m")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(child(options.tokens, options.budget[0]))
+        print(child(options.tokens, options.budget[0], options.run))
         return
-    base = measure(0, 0)
-    peaks = {budget: measure(options.tokens, budget) - base for budget in (0.0, *options.budget)}
+    base, budgets = measure(1, 0, options.run), (0.0, *options.budget)
+    peaks = {budget: measure(options.tokens, budget, options.run) - base for budget in budgets}
     if options.json:
         rows = [{"budget": budget or None, "peak_bytes": peak} for budget, peak in peaks.items()]
         print(json.dumps({"tokens": options.tokens, "rows": rows}))

@@ -34,6 +34,7 @@ def test_a_file_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["default-cpuu", "recipes/default-cpu.toml", "", "../config"])
 def test_an_unknown_recipe_lists_the_known_ones(name: str) -> None:
     with pytest.raises(
-        TrainingError, match=r"no recipe '.*: .*default-cpu, default-cpu-codes, default-cpu-long"
+        TrainingError,
+        match=r"no recipe '.*: .*default-cpu, default-cpu-codes, default-cpu-codes-long",
     ):
         DistillConfig.from_toml(name)

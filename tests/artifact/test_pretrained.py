@@ -18,7 +18,7 @@ def test_every_one_loads_by_its_name_and_has_nested_tables() -> None:
     artifact = Artifact.load("smollm2-135m")
     assert artifact.base_model == "smollm2-135m"
     assert (artifact.sink, artifact.recent) == (4, 32)
-    assert [entry["stage"] for entry in artifact.history][-2:] == ["distill", "allocate"]
+    assert {"calibrate", "distill", "allocate"} == {entry["stage"] for entry in artifact.history}
     tables = sorted(artifact.tables.items())
     assert tables[0][0] == 0.0625 and tables[-1][0] >= 0.75
     for budget, table in tables:
