@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from matkv.ranks import RankTable
 from matkv.vllm import attention
 from matkv.vllm.attention import Near, Step, attend_step
 from matkv.vllm.exact import ExactRows
-from matkv.vllm.pages import Layout, Pages, head_places
+from matkv.vllm.pages import Layout, Pages
 from matkv.vllm.shards import Shard, projection_of, widest_row
 
 SEEDS = range(3)
@@ -73,16 +73,6 @@ def test_what_is_written_is_read(kind: str, seed: int, spare: int) -> None:
     pages.write(rows, table_X[token_T // PAGE] * PAGE + token_T % PAGE)
     for one, other in zip(pages.read(table_X[None]), rows, strict=True):
         assert torch.equal(one[:, :, :40], other)
-
-
-def test_places_of_heads_follow_the_planes() -> None:
-    projection, _ = layer_of("codes", 1)
-    layout = Layout.of(projection, torch.float32)
-    for codes in (False, True):
-        sizes = [s for s in layout.storages if (s[2] == torch.uint8) == codes]
-        wanted = [columns for heads, columns, _ in sizes for _ in range(heads)]
-        found = [*head_places(layout, codes=codes), layout.columns(codes=codes)]
-        assert [b - a for a, b in pairwise(found)] == wanted
 
 
 def test_pages_that_are_not_aligned_are_refused() -> None:

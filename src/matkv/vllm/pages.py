@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -115,14 +114,3 @@ class Pages:
             part.unflatten(2, (heads, columns)).transpose(1, 2)
             for part, (heads, columns, _) in zip(parts, storages, strict=True)
         ]
-
-
-def head_places(layout: Layout, *, codes: bool) -> list[int]:
-    """The first column, or byte for codes, of every head of a plane in sorted order."""
-    widths = [
-        columns
-        for heads, columns, dtype in layout.storages
-        if (dtype == torch.uint8) == codes
-        for _ in range(heads)
-    ]
-    return [0, *accumulate(widths)][:-1]
