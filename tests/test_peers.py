@@ -67,6 +67,11 @@ def test_the_full_cache_scores_what_one_forward_pass_gives(
     assert row["context"] == pytest.approx((25 + 30 + 31) / 3)
 
 
+def test_bytes_of_sliding_windows_are_refused_not_miscounted(gemma3: Tiny) -> None:
+    with pytest.raises(ValueError, match="sliding window"):
+        full_bytes_per_token(gemma3.model)
+
+
 def test_a_protocol_must_leave_something_to_score() -> None:
     with pytest.raises(ValueError, match="context"):
         Protocol(length=32, context=31)

@@ -175,11 +175,14 @@ def test_exact_tokens_cost_their_full_width() -> None:
 @GEOMETRIES
 def test_what_is_held_is_a_share_of_what_a_full_cache_holds(geometry: Geometry) -> None:
     table, full = ragged_table(geometry, 3), RankTable.full(geometry)
-    assert table.held(7) == table.budget and full.held(7, sink=2) == 1
-    assert table.held(4, sink=2, recent=9) == 1
-    staying = full.nbytes(10, torch.int8) - 10 * full.bytes_per_token(torch.int8)
-    held, whole = (x.nbytes(10, torch.int8, sink=2, recent=3) - staying for x in (table, full))
-    assert table.held(10, sink=2, recent=3) == held / whole
+    assert full.held(7, sink=2) == table.held(4, sink=2, recent=9) == 1
+    # After 10 tokens a layer with a window of 8 holds 7 of them, at full width.
+    stays = geometry.staying * 7 * 2 * 2 * 16
+    grows = len(geometry.growing) * 2 * 2 * 16
+    whole, kept = stays + 10 * grows, stays + 5 * grows + 5 * table.columns
+    assert table.held(10, sink=2, recent=3) == kept / whole
+    assert (table.held(10) > table.budget) == (geometry.staying > 0)
+    assert table.held(10**9) == pytest.approx(table.budget, rel=1e-6)
 
 
 @GEOMETRIES

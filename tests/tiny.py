@@ -119,8 +119,13 @@ def tiny(name: str) -> Tiny:
     return Tiny(model, matkv.calibrate(model, [tokens(4, 48, seed=7)]))
 
 
-def save_model(directory: Path, dtype: str = "float32", seed: int = 0) -> None:
-    """A tiny Llama with a tokenizer of bytes and a chat template, as a model directory."""
+def save_model(
+    directory: Path, dtype: str = "float32", seed: int = 0, *, family: str | None = None
+) -> None:
+    """A tiny model with a tokenizer of bytes and a chat template, as a model directory.
+
+    A Llama unless another of `FAMILIES` is named.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<eos>": 0, **{letter: index for index, letter in enumerate(alphabet, start=1)}}
     tokenizer = Tokenizer(models.BPE(vocab, []))
@@ -129,7 +134,7 @@ def save_model(directory: Path, dtype: str = "float32", seed: int = 0) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     fast.save_pretrained(directory)
-    config = transformers.LlamaConfig(
+    config: PreTrainedConfig = transformers.LlamaConfig(
         vocab_size=len(vocab),
         hidden_size=32,
         intermediate_size=48,
@@ -140,8 +145,11 @@ def save_model(directory: Path, dtype: str = "float32", seed: int = 0) -> None:
         eos_token_id=0,
         bos_token_id=None,
     )
+    if family is not None:
+        config = FAMILIES[family]()
+        config.vocab_size, config.eos_token_id = len(vocab), 0
     with seeded(seed):
-        model = transformers.LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
 
 

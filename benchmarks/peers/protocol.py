@@ -212,8 +212,18 @@ def summary(losses: list[float]) -> Row:
 
 
 def full_bytes_per_token(model: Any) -> int:
-    """Bytes that one more token adds to the full cache of a model without sliding windows."""
+    """Bytes that one more token adds to the full cache of a model without sliding windows.
+
+    Raises:
+        ValueError: the model has such windows, behind which a token adds less.
+    """
     config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    if any(getattr(layer, "is_sliding", False) for layer in layers):
+        raise ValueError(
+            f"{config.model_type} has layers with a sliding window, whose bytes this comparison "
+            "does not count: compare on a model without any"
+        )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

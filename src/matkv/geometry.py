@@ -44,6 +44,11 @@ class Geometry:
         return tuple(index for index, layer in enumerate(self.layers) if layer.grows)
 
     @property
+    def staying(self) -> int:
+        """How many layers have a sliding window, and stay at full width."""
+        return len(self.layers) - len(self.growing)
+
+    @property
     def columns(self) -> int:
         """Numbers of one token at full width, of all layers that grow."""
         return sum(self.layers[index].columns for index in self.growing)

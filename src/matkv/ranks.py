@@ -1,7 +1,7 @@
 """Rank tables: which columns every layer, side and KV head keeps, at how many bits, and the bytes.
 
 A layer either grows with the context, and is compressed, or has a sliding window, and stays at full
-width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` counts both.
+width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` and `held` count both.
 """
 
 from __future__ import annotations
@@ -178,9 +178,12 @@ class RankTable:
         return self._row_bytes(HALF, (side,)) / self.geometry.columns
 
     def held(self, tokens: int, *, sink: int = 0, recent: int = 0) -> float:
-        """Held over full bytes after so many tokens, exact ones counted; of layers that grow."""
-        exact, full = min(tokens, sink + recent), HALF * self.geometry.columns
-        return (exact * full + (tokens - exact) * self._row_bytes(HALF)) / (tokens * full)
+        """Held over full bytes of the whole cache after so many tokens, in a dtype of 16 bits.
+
+        Exact tokens are counted, and layers with a sliding window.
+        """
+        full = RankTable.full(self.geometry).nbytes(tokens, torch.float16)
+        return self.nbytes(tokens, torch.float16, sink=sink, recent=recent) / full
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one more token of one sequence adds to the cache."""

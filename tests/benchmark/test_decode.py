@@ -162,6 +162,9 @@ def test_bytes_are_those_of_the_caches(rows: list[dict[str, Any]]) -> None:
     assert by_name["50.0%"]["cache_bytes"] < by_name["DynamicCache"]["cache_bytes"]
     assert by_name["DynamicCache"]["speedup"] == 1
     assert by_name["50.0%"]["kept"] == 0.5
+    # Two layers of four hold 7 tokens at full width, the other two 70 at half of it.
+    assert by_name["50.0%"]["held"] == (7 + 35) / (7 + 70)
+    assert by_name["100.0%"]["held"] == by_name["DynamicCache"]["held"] == 1
     for row in by_name.values():
         assert row["peak_bytes"] is None or (
             row["peak_bytes"] >= row["weight_bytes"] + row["cache_bytes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from matkv.settings import Number, settings
 CACHE_KEYS = ("artifact", "ranks", "budget", "sink", "recent", "dtype")
 # How every kind of row spells the full cache.
 FULL: Record = dict.fromkeys(("ranks", "budget", "uniform", "sink", "recent"))
+LENGTHS = (1024, 32768)  # tokens after which it is said what of the whole cache is held
 
 
 def budget_name(budget: float | None) -> str:
@@ -71,6 +73,34 @@ class Setting:
         sink, recent = self.exact(artifact)
         how = {"budget": self.budget, "uniform": self.uniform, "sink": sink, "recent": recent}
         return FULL | about | how | {"ranks": table.digest}
+
+
+def held_shares(artifact: Artifact) -> dict[str, dict[str, float]]:
+    """What of the whole cache the tables of a run hold at `LENGTHS`, by budget and tokens."""
+    exact = {"sink": artifact.sink, "recent": artifact.recent}
+    return {
+        str(budget): {str(tokens): table.held(tokens, **exact) for tokens in LENGTHS}
+        for budget, table in sorted(artifact.tables.items())
+    }
+
+
+def staying_text(artifact: Artifact, settings: Iterable[Setting] = ()) -> str | None:
+    """Of which layers budgets are, and what settings hold of all; None where they are of all."""
+    geometry = artifact.geometry
+    if not geometry.staying:
+        return None
+    text = (
+        f"{geometry.staying} of {len(geometry.layers)} layers have a sliding window and stay as "
+        "they are: budgets and bytes a token are of the others"
+    )
+    parts = []
+    for setting in settings:
+        table, (sink, recent) = setting.table(artifact), setting.exact(artifact)
+        if table is not None:
+            held = (f"{table.held(tokens, sink=sink, recent=recent):.1%}" for tokens in LENGTHS)
+            parts.append(f"{budget_name(setting.budget)} is {' and '.join(held)}")
+    lengths = " and ".join(f"{tokens:,}" for tokens in LENGTHS)
+    return f"{text}. Of all bytes at {lengths} tokens {'; '.join(parts)}" if parts else text
 
 
 def was_uniform(row: Record, artifact: Artifact) -> bool | None:

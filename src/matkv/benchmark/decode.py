@@ -82,13 +82,15 @@ class BenchmarkRow:
     medians over turns with quartiles; `speedup` is DynamicCache's step over this one, `over_static`
     StaticCache's. `share` is the part of a step that grows with the cache, by comparison with an
     empty one: attention, and what the cache does to itself; `limit` the speedup over DynamicCache
-    if that part fell to the kept bytes. `peak_bytes` are weights, cache and what a step takes on
-    top, None where the system cannot tell; `first_token_ms` None where it was not measured.
+    if that part fell to `held`: of the full cache's bytes at that context, exact tokens and layers
+    with a sliding window counted. `peak_bytes` are weights, cache and what a step takes on top,
+    None where the system cannot tell; `first_token_ms` None where it was not measured.
     """
 
     name: str
     budget: float | None
     kept: float
+    held: float
     context: int
     batch: int
     step_ms: float
@@ -112,13 +114,19 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A model with a way to make its caches."""
+    """A model with a way to make its caches, which keep `exact` first and last tokens."""
 
     name: str
     budget: float | None
-    kept: float
+    table: RankTable
+    exact: tuple[int, int]
     model: PreTrainedModel
     new_cache: Callable[[int], Any]
+
+    def held(self, context: int) -> float:
+        """The share of the full cache's bytes that are held."""
+        sink, recent = self.exact
+        return self.table.held(context, sink=sink, recent=recent)
 
 
 @torch.inference_mode()
@@ -176,16 +184,16 @@ def _candidates(
     model: PreTrainedModel, artifact: Artifact, config: BenchmarkConfig
 ) -> Iterator[_Candidate]:
     text = model.config.get_text_config(decoder=True)
-    yield _Candidate(DYNAMIC, None, 1.0, model, lambda room: DynamicCache(config=text))
-    yield _Candidate(
-        STATIC, None, 1.0, model, lambda room: StaticCache(config=text, max_cache_len=room)
-    )
+    full = RankTable.full(artifact.geometry), (0, 0), model
+    yield _Candidate(DYNAMIC, None, *full, lambda room: DynamicCache(config=text))
+    yield _Candidate(STATIC, None, *full, lambda room: StaticCache(config=text, max_cache_len=room))
     for budget in config.budgets:
         table = artifact.table(budget, uniform=config.way.uniform)
         # Adapters are added to the weights in place, so these have to be the copy's own.
         copied = twin(model, share_weights=artifact.lora is None)
         attach(copied, artifact, ranks=table, sink=config.way.sink, recent=config.way.recent)
-        yield _Candidate(f"{budget:.1%}", budget, table.budget, copied, _latent_cache(copied))
+        parts = table, config.way.exact(artifact), copied, _latent_cache(copied)
+        yield _Candidate(f"{budget:.1%}", budget, *parts)
 
 
 def _latent_cache(model: PreTrainedModel) -> Callable[[int], LatentCache]:
@@ -201,7 +209,7 @@ def _situation(
     plain = candidates[0].model
     room = context + config.steps + WARM_UP + 2
     nbytes = RankTable.full(geometry_of(plain.config)).nbytes(room, plain.dtype, batch=batch)
-    held = round(nbytes * sum(candidate.kept for candidate in candidates))
+    held = round(nbytes * sum(candidate.held(room) for candidate in candidates))
     check_fits(held, plain.device, f"context {context:,} times batch {batch:,}")
     caches = {c.name: c.new_cache(room) for c in candidates}
     generator = torch.Generator().manual_seed(config.seed)
@@ -280,7 +288,8 @@ def _row(
     return BenchmarkRow(
         name=candidate.name,
         budget=candidate.budget,
-        kept=candidate.kept,
+        kept=candidate.table.budget,
+        held=candidate.held(context),
         context=context,
         batch=batch,
         step_ms=step.median,
@@ -292,7 +301,7 @@ def _row(
         speedup_high=speedup.high,
         over_static=Spread.of_ratios(times[STATIC], own).median,
         share=max(0.0, 1 - Spread.of_ratios(times[EMPTY], own).median),
-        limit=1 / (1 - grows * (1 - candidate.kept)),
+        limit=1 / (1 - grows * (1 - candidate.held(context))),
         first_token_ms=Spread.of(first).median if first else None,
         cache_bytes=sizes[0],
         weight_bytes=sizes[1],

@@ -15,6 +15,7 @@ from matkv import data
 from matkv.allocate.config import AllocateConfig, Constraints
 from matkv.allocate.stage import allocate
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.setting import held_shares
 from matkv.artifact.storage import check_target
 from matkv.commands import console
 from matkv.commands.bars import progress_bar
@@ -96,7 +97,8 @@ def _show_tables(
     if picture is not None:
         save(rank_maps("ranks", {first: found.tables[first]}), picture)
     if as_json:
-        console.print_json({"tables": entry["tables"], "seconds": entry["seconds"]})
+        parts = {"tables": entry["tables"], "held": held_shares(found)}
+        console.print_json(parts | {"seconds": entry["seconds"]})
         return
     console.out.print(heatmap(found.tables[first]))
-    console.out.print(tables_table(entry["tables"]))
+    console.out.print(tables_table(found, entry["tables"]))

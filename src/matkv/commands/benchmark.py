@@ -66,7 +66,8 @@ def benchmark_command(
     if as_json:
         console.print_json({"rows": records})
     else:
-        console.out.print(benchmark_table(records))
+        settings = [config.way.at(budget) for budget in config.budgets]
+        console.out.print(benchmark_table(artifact, settings, records))
 
 
 def _keep(

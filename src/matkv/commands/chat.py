@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from matkv.artifact.setting import Setting
+from matkv.artifact.setting import Setting, staying_text
 from matkv.commands import console
 from matkv.commands.conversation import Conversation
 from matkv.commands.from_fields import from_fields
@@ -57,6 +57,9 @@ def chat_command(
         f"{table.budget:.1%}: {bytes_text(table.bytes_per_token(model.dtype))} a token, "
         f"{bytes_text(full)} in full\n/help says what can be typed, Ctrl-D ends"
     )
+    staying = staying_text(artifact, [setting])
+    if staying is not None:
+        _print_note(staying)
     if not tokenizer.chat_template:
         _print_note("the model has no chat template: it goes on with the conversation as text")
     for message in _messages():

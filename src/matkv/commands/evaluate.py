@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import RenderableType
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matkv import data
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.results import Kind, Results
-from matkv.artifact.setting import Setting
+from matkv.artifact.setting import Setting, staying_text
 from matkv.commands import console
 from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import from_fields
@@ -140,9 +140,10 @@ class Opened:
     def results(self, kind: Kind) -> Results:
         return Results(self.run, kind, again=self.again)
 
-    def show(self, what: RenderableType) -> None:
+    def show(self, table: Table) -> None:
+        table.caption = staying_text(self.artifact, self.settings)
         if self.shown:
-            console.out.print(what)
+            console.out.print(table)
 
 
 def measure_texts(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
@@ -154,9 +155,6 @@ def measure_texts(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
         )
     title = f"{opened.run} on {source}, windows of {windows_NT.shape[1]}"
     opened.show(evaluation_table(title, rows))
-    fixed = sum(not shape.grows for shape in opened.artifact.geometry.layers)
-    if fixed:
-        opened.show(f"{fixed} layers have sliding windows: uncompressed, not in bytes/token")
     return rows
 
 

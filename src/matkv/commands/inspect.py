@@ -12,10 +12,10 @@ from rich.text import Text
 
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Allocated, entries
-from matkv.artifact.setting import budget_name
+from matkv.artifact.setting import budget_name, held_shares, staying_text
 from matkv.commands import console
 from matkv.commands.options import JsonOpt, RunArg
-from matkv.commands.tables import energy_picture
+from matkv.commands.tables import energy_picture, held_cells, held_names
 from matkv.ranks import SIDES, Geometry, RankTable
 
 EnergyOpt = Annotated[bool, typer.Option("--energy", help="draw each layer's energy as well")]
@@ -114,7 +114,9 @@ def _said(name: str, value: Any) -> str:
 
 def _tables(artifact: Artifact) -> Table:
     table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
-    for name in ("budget", *(f"{side}s" for side in SIDES), "ranks", "bits", "KL", "uniform KL"):
+    table.caption = staying_text(artifact)
+    names = (*(f"{side}s" for side in SIDES), "ranks", "bits", "KL", "uniform KL")
+    for name in ("budget", *held_names(), *names):
         table.add_column(name, justify="right")
     searches = entries(artifact.history, Allocated)
     checks = {one.budget: one for one in (searches[-1].checks if searches else ())}
@@ -125,6 +127,7 @@ def _tables(artifact: Artifact) -> Table:
         measured = (None, None) if check is None else (check.kl, check.uniform_kl)
         table.add_row(
             budget_name(budget),
+            *held_cells(artifact, ranks),
             *shares,
             f"{min(kept)}-{max(kept)}",
             _bits(ranks),
@@ -164,5 +167,6 @@ def _as_json(artifact: Artifact) -> dict[str, Any]:
         "history": artifact.history,
         "budgets": sorted(artifact.tables),
         "tables": {str(b): table.to_json() for b, table in sorted(artifact.tables.items())},
+        "held": held_shares(artifact),
         "energy": energy,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matkv.artifact.artifact import Artifact
-from matkv.artifact.setting import budget_name
+from matkv.artifact.setting import LENGTHS, Setting, budget_name, staying_text
 from matkv.data.haystacks import TESTS
 from matkv.evaluate.scores import AVERAGE
 from matkv.ranks import SIDES, RankTable
@@ -31,16 +31,30 @@ def bytes_text(count: float) -> str:
     return f"{count:,.{2 if count < 10 else 1 if count < 100 else 0}f} {unit}"
 
 
-def tables_table(entries: Sequence[dict[str, Any]]) -> Table:
+def held_names() -> list[str]:
+    """The names of columns that say what of the whole cache is held at `LENGTHS`."""
+    return [f"held at {tokens:,}" for tokens in LENGTHS]
+
+
+def held_cells(artifact: Artifact, table: RankTable) -> list[str]:
+    """These columns of one table: exact tokens and layers that stay as they are counted."""
+    exact = {"sink": artifact.sink, "recent": artifact.recent}
+    return [f"{table.held(tokens, **exact):.1%}" for tokens in LENGTHS]
+
+
+def tables_table(artifact: Artifact, entries: Sequence[dict[str, Any]]) -> Table:
     """What a search found, by budget: shares and divergence, beside uniform ranks."""
     table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
-    for name in ("budget", "keys", "values", "KL", "uniform", "perplexity", "uniform"):
+    table.caption = staying_text(artifact)
+    names = ("keys", "values", "KL", "uniform", "perplexity", "uniform")
+    for name in ("budget", *held_names(), *names):
         table.add_column(name, justify="right")
     for entry in sorted(entries, key=lambda one: -one["budget"]):
         uniform_kl = entry.get("uniform_kl")
         uniform_increase = entry.get("uniform_perplexity_increase")
         table.add_row(
             f"{entry['budget']:.1%}",
+            *held_cells(artifact, artifact.tables[entry["budget"]]),
             f"{entry['key_share']:.1%}",
             f"{entry['value_share']:.1%}",
             f"{entry['kl']:.3f}",
@@ -51,11 +65,14 @@ def tables_table(entries: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
+def benchmark_table(
+    artifact: Artifact, settings: Iterable[Setting], rows: Sequence[dict[str, Any]]
+) -> Table:
     """Decoding steps of full caches and budgets, situation by situation."""
     table = Table(title="one decoding step; speedup over DynamicCache", title_justify="left")
+    table.caption = staying_text(artifact, settings)
     names = ("context", "batch", "cache", "step ms", "speedup", "quartiles", "limit", "first token")
-    for name in (*names, "cache bytes"):
+    for name in (*names, "cache bytes", "held"):
         table.add_column(name, justify="right")
     for row in rows:
         first = row["first_token_ms"]
@@ -69,6 +86,7 @@ def benchmark_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['limit']:.2f}",
             "" if first is None else f"{first:.0f} ms",
             f"{row['cache_bytes']:,}",
+            f"{row['held']:.1%}",
         )
     return table
 
@@ -88,9 +106,12 @@ def _number(value: Any) -> str:
 
 
 def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """Budgets with bytes a token and perplexity, against the full cache where it was measured."""
+    """Budgets with bytes a token and perplexity, against the full cache where it was measured.
+
+    What is held is of the whole cache after a window of text.
+    """
     table = Table(title=title, title_justify="left")
-    for name in ("budget", "kept", "with exact", "bytes/token", "perplexity", "× full"):
+    for name in ("budget", "kept", "held", "bytes/token", "perplexity", "× full"):
         table.add_column(name, justify="right")
     full = next((row["perplexity"] for row in rows if row["budget"] is None), None)
     for row in rows:

@@ -36,7 +36,8 @@ class Row:
     """One line of an evaluation; `budget` is None for the full cache.
 
     `kept` is the fraction of bytes that the ranks really keep, never above `budget`; `held` the
-    fraction of the full cache that is held after a whole window of text, tokens kept exact counted.
+    fraction of the full cache that is held after a whole window of text, tokens kept exact and
+    layers with a sliding window counted.
     `bytes_per_token` is what each further token of one sequence adds, in the model's dtype;
     `tokens` the number of predicted tokens; `stderr` the standard error of the mean log-likelihood
     over windows.

@@ -127,6 +127,7 @@ class Measured(OnText):
     perplexity: float
     stderr: float | None = None
     kept: float | None = None
+    held: float | None = None
     bytes_per_token: float | None = None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from matkv.artifact.setting import Setting, staying_text
 from matkv.report.page import Headline, Tile
 from matkv.report.rows import Measured, Timed
 from matkv.report.runs import Run, line_name, percent
@@ -57,6 +58,9 @@ def headline(runs: Sequence[Run]) -> Headline:
     """One sentence and a few numbers, computed from the rows."""
     model, choice = runs[0].model, choose(runs)
     notes = [note for run in runs if (note := stale_note(run)) is not None]
+    first = runs[0].artifact
+    staying = staying_text(first, [Setting(budget=one) for one in sorted(first.tables)[::-1]])
+    notes += [] if staying is None else [f"{staying}."]
     title = f"{model}: the KV cache at every budget"
     if choice is None:
         shape = runs[0].artifact.geometry
@@ -80,7 +84,7 @@ def _sentence(runs: Sequence[Run], choice: Choice) -> str:
     which = _name(runs, choice)
     with_ = f" ({which})" if which else ""
     text = (
-        f"With {percent(choice.row.share)} of the cache's bytes{with_}, perplexity on "
+        f"With {percent(choice.row.share)} of {_bytes(choice)}{with_}, perplexity on "
         f"{choice.row.text_name} goes from {before:,.2f} to {after:,.2f}, "
         f"{choice.factor - 1:+.1%}"
     )
@@ -92,6 +96,14 @@ def _sentence(runs: Sequence[Run], choice: Choice) -> str:
     if choice.factor > TOLERANCE:
         text += f". No measured budget stays within {TOLERANCE - 1:.0%} of the full cache"
     return text + "."
+
+
+def _bytes(choice: Choice) -> str:
+    """What the share is of, which is not all bytes where layers stay as they are."""
+    if not choice.curve.run.artifact.geometry.staying:
+        return "the cache's bytes"
+    held = choice.row.held
+    return "the bytes that grow" + ("" if held is None else f", {held:.1%} of the whole cache's")
 
 
 def _accuracy(runs: Sequence[Run], choice: Choice) -> tuple[float, int] | None:

@@ -17,6 +17,10 @@ PANELS = 4
 # Beyond so many times the full cache's perplexity a model talks nonsense, more or less of it.
 CEILING = 20
 CUT = f"Perplexities beyond {CEILING} times the full cache's are cut off; the tables have them."
+HELD = (
+    "Kept is what a further token costs in the layers that grow with the context; held is all that "
+    "the cache holds after a window of text, of what the full one does."
+)
 COMMAND = "matkv evaluate RUN --budget 0.75 --budget 0.5 --budget 0.25"
 
 
@@ -124,9 +128,10 @@ def _table(runs: Sequence[Run], source: Source, *, folded: bool) -> Table:
             rows.append([Cell(curve.label)])
         rows += [_cells(row, full) for row in curve.rows]
     return Table(
-        header=("budget", "kept", "bytes a token", "perplexity", "× full cache"),
+        header=("budget", "kept", "held", "bytes a token", "perplexity", "× full cache"),
         rows=rows,
         caption=f"Perplexity on {source}",
+        notes=() if folded else (HELD,),
         folded=folded,
     )
 
@@ -142,6 +147,7 @@ def _cells(row: Measured, full: Measured | None) -> list[Cell]:
     return [
         Cell(percent(row.budget)),
         Cell(percent(row.share)),
+        Cell("" if row.held is None else f"{row.held:.1%}"),
         Cell("" if size is None else f"{size:,.0f}"),
         perplexity_cell(row),
         Cell("" if full is None else f"{row.perplexity / full.perplexity:,.3f}"),
