@@ -103,7 +103,7 @@ def window(model: Any, method: Method, text: Text, index: int, *, is_full: bool)
         else:
             full_QV = expected_TV[start - text.context : end - text.context].float()
             sums[1:] += _compared(log_p_QV.cpu(), full_QV)
-        held[end] = method.held(reader.cache)[0] / full
+        held[end] = method.counted(reader.cache)[0] / full
     count = len(ids) - 1 - text.context
     if is_full:
         path.parent.mkdir(parents=True, exist_ok=True)

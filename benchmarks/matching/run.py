@@ -1,7 +1,8 @@
 """Measuring what is not there yet: texts of all rows first, then haystacks, footprints and tasks.
 
 A row whose loss is more than `LOST` nats a token over the full cache's has nothing left to lose: no
-haystack and no task is asked of it. The full cache comes first, for others are compared with it.
+haystack and no task is asked of it, and of a text no more than `FEW` windows. The full cache comes
+first, for others are compared with it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .material import Footprint, Material, Retrieval, Text
 from .records import Json, Records
 from .rows import Entry, options_of
 
-LOST = 1.5
+LOST, FEW = 1.5, 2
 STAGES: tuple[type[Material], ...] = (Text, Retrieval, Footprint)
 
 
@@ -66,20 +67,19 @@ class Run:
             first = len(self.records.values(row, column.column, column.data))
             if entry.level is None and isinstance(column, Text):
                 first = min(first, references(column))
-            if first < column.count and not self._is_left_out(row, column):
+            if first < column.count and not self._is_left_out(row, column, first):
                 found.append((column, first))
         return found
 
-    def _is_left_out(self, row: Json, column: Material) -> bool:
-        if isinstance(column, Text):
-            return False
+    def _is_left_out(self, row: Json, column: Material, first: int) -> bool:
         if isinstance(column, Footprint):
             return bool(row["simulated"])
-        return any(
-            lost(self.records, row, self.entries[0].row(self.shared), one)
-            for one in self.columns
-            if isinstance(one, Text)
-        )
+        if isinstance(column, Text):
+            return first >= FEW and self._is_lost(row, column)
+        return any(self._is_lost(row, one) for one in self.columns if isinstance(one, Text))
+
+    def _is_lost(self, row: Json, text: Text) -> bool:
+        return lost(self.records, row, self.entries[0].row(self.shared), text)
 
     def _here(self, entry: Entry, columns: Sequence[Material]) -> None:
         todo = self.todo(entry, columns)

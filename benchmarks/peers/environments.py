@@ -33,7 +33,8 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "accelerate",
     ),
     "presses": ("kvpress==0.5.5",),
-    "shrink": ("cacheshrink==0.1.5", f"transformers=={transformers.__version__}"),
+    # It takes its cache as `past_key_values`, a name that later versions do not hand on.
+    "shrink": ("cacheshrink==0.1.5", "transformers==5.23.0"),
 }
 STAMP = "requirements.txt"
 

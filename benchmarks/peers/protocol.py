@@ -100,6 +100,17 @@ class Method:
         nbytes = tensor_nbytes([(layer.keys, layer.values) for layer in cache.layers])
         return nbytes, nbytes
 
+    def counted(self, cache: Any) -> tuple[float, float | None]:
+        """`held`, of a cache that something has reached.
+
+        Raises:
+            ValueError: nothing has: the model does not use the cache that it is given.
+        """
+        counted, resident = self.held(cache)
+        if counted <= 0:
+            raise ValueError("the cache holds nothing: the model does not use what it is given")
+        return counted, resident
+
     def fixed_nbytes(self, model: Any) -> int:
         """Bytes beside the model's own weights that do not depend on the context."""
         return 0
@@ -142,7 +153,7 @@ def score(model: Any, windows_NT: Tensor, protocol: Protocol, method: Method) ->
             for start in starts:
                 end = min(start + protocol.chunk, protocol.length - 1)
                 total += _chunk_loss(used, cache, window_T, start, end)
-                counted, present = method.held(cache)
+                counted, present = method.counted(cache)
                 held.append(counted)
                 resident.append(present)
                 lengths.append(end)

@@ -15,7 +15,7 @@ from typing import Any
 
 from .protocol import Contestant, Method, tensor_nbytes
 
-RATIOS = (4 / 3, 2.0, 8 / 3, 4.0)
+RATIOS = (4 / 3, 2.0, 8 / 3, 4.0, 8.0, 16.0)
 
 
 class Shrunk(Method):
