@@ -5,8 +5,9 @@
     python benchmarks/matched.py --table                        print again what was measured
 
 Writes OUT/cells.jsonl as it goes, and goes on from there; then OUT/matched.md, OUT/matched.json and
-OUT/matched.png. A run with larger numbers adds items to those that are there; another artifact is
-measured beside the peers that are there.
+OUT/matched.png. A run with larger numbers adds items to those that are there, one with 0 of a kind
+leaves it out; another artifact is measured beside the peers that are there. `--page` puts the
+tables into a page, between its marks.
 
 `--quick` measures a few items of everything and, of the peers, what needs no package of its own.
 Tasks are those of `benchmarks/samples` unless a directory of TASK.jsonl is named.
@@ -29,6 +30,7 @@ from matching.run import Run
 from matching.table import markdown, summary
 from matkv import data
 from matkv.artifact.artifact import Artifact
+from matkv.errors import DataError
 from matkv.files import replacing
 from matkv.models.default import DEFAULT_MODEL
 from matkv.models.load import load_model
@@ -39,6 +41,7 @@ from peers.protocol import full_bytes_per_token
 SAMPLES = Path(__file__).parent / "samples"
 CALIBRATE_TOKENS = {True: 4096, False: 16_384}
 SIZES = ("windows", "samples", "items")
+MARKS = "<!-- matched -->", "<!-- /matched -->"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,8 +59,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="bfloat16 where it is fast, else float32")
     parser.add_argument("--out", type=Path, default=Path("runs/matched"))
     parser.add_argument("--picture", type=Path, help="draw loss against bytes there too, PNG")
+    parser.add_argument("--page", type=Path, help="put the tables there too, between its marks")
     parser.add_argument("--table", action="store_true", help="measure nothing, print")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.windows is not None and options.windows < 1:
+        parser.error(f"--windows {options.windows}: everything is compared on one at least")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawn = write(options.out, records, text)
     if drawn is not None and options.picture is not None:
         save(drawn, options.picture)
+    if options.page is not None:
+        put(text, options.page)
     print(text)
 
 
@@ -130,6 +139,20 @@ def write(out: Path, records: Records, text: str) -> Picture | None:
     if drawn is not None:
         save(drawn, out / "matched.png")
     return drawn
+
+
+def put(text: str, page: Path) -> None:
+    """Replace what stands between the marks of a page.
+
+    Raises:
+        DataError: it has none.
+    """
+    before, mark, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise DataError(f"{page} lacks the marks {MARKS[0]} and {MARKS[1]}: add them, a line each")
+    with replacing(page) as new:
+        new.write_text(f"{before}{mark}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

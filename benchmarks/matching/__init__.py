@@ -9,9 +9,12 @@
     records        what was measured: JSON lines, a cell each; a run goes on where it stopped
     run            measuring what is not there yet, in this process or in a package's environment
     child          what runs inside such an environment
-    sheet          what was measured as figures
+    sheet          what was measured as numbers: means, differences and their errors
+    figures        what a cell shows of a row, and what it is worth
+    notes          what is said beside the tables
     table          the Markdown tables
     picture        loss against bytes
+    labels         where names of lines stand free
 
 `material`, `columns`, `footprint` and `child` also run in the environments of peers, which have no
 matkv.

@@ -33,8 +33,9 @@ class Sizes:
     """How much of everything is measured.
 
     `windows` of every text, `samples` of every haystack test at a context of `haystack` tokens,
-    `items` of every task behind solved ones of `shots` tokens at most; bytes a token between `few`
-    and `tokens`, and times behind a prompt of `prompt` tokens, over `steps` steps.
+    `items` of every task behind solved ones of `shots` tokens at most, none of a kind for 0; bytes
+    a token between `few` and `tokens`, and times behind a prompt of `prompt` tokens, over `steps`
+    steps.
     """
 
     windows: int
@@ -77,10 +78,11 @@ def material(
         found.append(
             text(tokenizer, path.stem, data.read_texts(path, "validation"), sizes, references)
         )
-    found += [retrieval(tokenizer, test, sizes) for test in TESTS]
+    if sizes.samples:
+        found += [retrieval(tokenizer, test, sizes) for test in TESTS]
     found.append(footprint(tokenizer, held_out, sizes))
-    files = sorted(tasks_dir.glob("*.jsonl"))
-    if not files:
+    files = sorted(tasks_dir.glob("*.jsonl")) if sizes.items else []
+    if sizes.items and not files:
         raise DataError(f"{tasks_dir} holds no .jsonl file: name a directory of TASK.jsonl")
     return found + [task(tokenizer, path, sizes) for path in files]
 

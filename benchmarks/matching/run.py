@@ -22,7 +22,7 @@ from peers import environments
 from peers.entries import CALIBRATION_WINDOW
 
 from .child import Cell, Todo, cells
-from .material import Footprint, Material, Retrieval, Text
+from .material import Footprint, Material, Retrieval, Task, Text
 from .records import Json, Records
 from .rows import Entry, options_of
 
@@ -143,10 +143,16 @@ class Run:
 
 
 def described(column: Material) -> Json:
-    """What a table needs to know of a column."""
-    return {"column": column.column, "kind": column.kind, "data": column.data} | {
-        "count": column.count
-    }
+    """What a table needs to know of a column; of a task also what guessing gets right."""
+    found = {"column": column.column, "kind": column.kind, "data": column.data}
+    found |= {"count": column.count}
+    if isinstance(column, Task):
+        items = [item for block in column.blocks for item in block.items]
+        found |= {"chance": sum(1 / len(one.choices) for one in items) / len(items)}
+        found |= {"shots": max(len(block.shots) for block in column.blocks)}
+    if isinstance(column, Retrieval):
+        found |= {"context": len(column.prompts[0].prompt)}
+    return found
 
 
 def references(column: Text) -> int:
