@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import matched
-from matching import artifacts, child, columns, footprint, make, rows, table
+from matching import artifacts, child, columns, footprint, labels, make, notes, rows, sheet, table
 from matching.material import (
     Block,
     Footprint,
@@ -26,7 +26,7 @@ from matching.material import (
 )
 from matching.picture import picture
 from matching.records import Records
-from matching.run import Run, references
+from matching.run import Run, described, references
 from matkv import data
 from matkv.errors import DataError
 from matkv.models.load import load_model
@@ -360,7 +360,7 @@ def test_the_best_figure_is_bold_and_what_is_over_takes_no_part(tmp_path: Path) 
     page = table.markdown(records)
     assert f"**{math.exp(2.25):.2f} (+0.200 ± 0.000)**" in page
     assert "greedy † ‡" in page
-    assert "articles: perplexity | **matkv †** |" in page
+    assert "articles: perplexity | matkv † |" in page
     assert table.summary(records)[1]["articles.loss"] == pytest.approx(2.25)
 
 
@@ -385,3 +385,153 @@ def test_the_command_writes_its_files(
     matched.main(["--table", "--out", str(desk / "out"), "--picture", str(desk / "loss.png")])
     assert (desk / "loss.png").read_bytes() == (desk / "out" / "matched.png").read_bytes()
     assert capsys.readouterr().out == printed
+
+
+def records_of(folder: Path, rows_: dict[str, list[float]], column: dict[str, Any]) -> Records:
+    """Rows of one column by their values: of texts their losses, of tasks who was right."""
+    records = Records(folder / "cells.jsonl")
+    its = [
+        {
+            "model": "m", "dtype": "d", "method": name, "setting": "", "simulated": True,
+            "family": "matkv" if name == "matkv" else "quantization",
+            "level": None if name == "full cache" else 0.5, "full_bytes_per_token": 100,
+        }
+        for name in rows_
+    ]  # fmt: skip
+    texts = {"column": "articles", "kind": "text", "data": "a", "count": 9}
+    records.plan(its, [texts, column | {"data": "x", "count": 99}])
+    for row, numbers in zip(its, rows_.values(), strict=True):
+        text = {"loss": 1.0, "kl": 0.0, "agree": 1, "held": 0.5, "grown": 0.5}
+        if column["kind"] == "text":
+            values = [text | {"loss": one} for one in numbers]
+            records.add(row, column["column"], "x", 0, values)
+            continue
+        records.add(row, "articles", "a", 0, [text, text])
+        values = [{"right": int(one), "loss": 1 - one} for one in numbers]
+        records.add(row, column["column"], "x", 0, values)
+    return records
+
+
+def test_rows_within_two_paired_errors_of_the_best_are_even_with_it(tmp_path: Path) -> None:
+    losses = {
+        "full cache": [1.0, 2.0, 3.0, 4.0],
+        "best": [1.1, 2.1, 3.1, 4.1],
+        "matkv": [1.0, 2.4, 3.0, 4.3],
+        "apart": [1.3, 2.35, 3.3, 4.35],
+    }
+    column = {"column": "book", "kind": "text"}
+    page = table.markdown(records_of(tmp_path, losses, column))
+    assert "| book: perplexity | best †; even: **matkv †** |" in page
+    assert not sheet.even([0.0, 0.0], [1.0, 1.0])
+    assert not sheet.even([], [])
+
+
+def test_a_row_of_fewer_windows_is_shown_at_its_paired_difference(tmp_path: Path) -> None:
+    losses = {"full cache": [1.0, 2.0, 3.0, 4.0], "lost": [3.0, 4.2]}
+    page = table.markdown(records_of(tmp_path, losses, {"column": "book", "kind": "text"}))
+    assert f"{math.exp(2.5 + 2.1):.2f} (+2.100 ± 0.100)" in page
+    assert "book 4 (2 of some rows)" in page
+
+
+@pytest.mark.parametrize(("right", "told"), [(2, True), (8, False)])
+def test_the_notes_say_what_the_full_cache_can_do(tmp_path: Path, right: int, told: bool) -> None:
+    answers = {"full cache": [1.0] * right + [0.0] * (8 - right), "other": [1.0, 0.0] * 4}
+    column = {"column": "quiz", "kind": "task", "chance": 0.25, "shots": 1500}
+    said = notes.head(sheet.Sheet(records_of(tmp_path, answers, column)))
+    assert f"{100 * right / 8:.1f} ± " in said
+    assert "guessing has 25.0%" in said
+    assert "1,500 tokens" in said
+    assert ("too near" in said) == told
+    assert "kvpress at 12.5%" in said
+
+
+def test_items_for_a_point_follow_from_the_spread_of_differences(tmp_path: Path) -> None:
+    answers = {"full cache": [1.0, 0.0] * 50, "other": [1.0, 1.0] * 50}
+    column = {"column": "quiz", "kind": "task"}
+    found = sheet.Sheet(records_of(tmp_path, answers, column))
+    variance = 0.25 * 100 / 99
+    assert notes.items_for_a_point(found) == math.ceil(variance * 4e4 / 100) * 100
+
+
+def test_the_table_tells_what_guessing_gets_right(tmp_path: Path) -> None:
+    assert described(quiz())["chance"] == 0.5
+    assert described(quiz())["shots"] == 32
+    assert described(retrieval())["context"] == 32
+
+
+def test_of_what_is_lost_few_windows_are_read(llama: Tiny, tmp_path: Path) -> None:
+    run = run_of(llama, tmp_path, [text(tmp_path, 4)], only=["H2O"])
+    full, own = (entry.row(run.shared) for entry in run.entries)
+    run.records.add(full, "articles", "a", 0, [{"loss": 2.0}] * 4)
+    run.records.add(own, "articles", "a", 0, [{"loss": 4.0}])
+    assert [first for _, first in run.todo(run.entries[1], run.columns)] == [1]
+    run.records.add(own, "articles", "a", 1, [{"loss": 4.0}])
+    assert run.todo(run.entries[1], run.columns) == []
+
+
+def test_a_cache_that_nothing_reaches_is_no_cache(llama: Tiny, tmp_path: Path) -> None:
+    class Deaf(Method):
+        def held(self, cache: Any) -> tuple[float, float | None]:
+            return 0.0, 0.0
+
+    with pytest.raises(ValueError, match="holds nothing"):
+        columns.window(llama.model, Deaf(), text(tmp_path), 0, is_full=True)
+
+
+def test_none_of_a_kind_leaves_the_column_out(desk: Path) -> None:
+    _, tokenizer = load_model(desk / "model")
+    sizes = replace(make.QUICK, windows=1, samples=0, items=0, tokens=600)
+    found = make.material(tokenizer, sizes, tasks_dir=desk / "none", references=desk)
+    assert [one.kind for one in found] == ["text", "footprint"]
+    with pytest.raises(SystemExit):
+        matched.parse(["--windows", "0"])
+
+
+# ---- the picture
+
+
+def test_a_name_keeps_clear_of_lines_markers_and_other_names() -> None:
+    room = labels.Room(labels.Box(0, 0, 400, 300))
+    room.add_line([(50, 150), (350, 150)], 4, 1)
+    room.lines.append(((200, 150), (200, 300), 1))
+    for _ in range(4):
+        before = list(room.boxes)
+        place = room.place([(200, 150)], (60, 12))
+        box = room.boxes[-1]
+        assert box.within(room.frame)
+        assert not any(box.meets(other) for other in before)
+        assert not any(box.crossed(*line) for *line, _ in room.lines)
+        assert place.cost < 10
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "crosses"),
+    [
+        ((0, 5), (20, 5), True),
+        ((0, 0), (20, 20), True),
+        ((5, -5), (5, 30), True),
+        ((0, 12), (20, 12), False),
+        ((-5, 0), (0, 20), False),
+        ((5, 20), (5, 30), False),
+    ],
+)
+def test_a_line_crosses_a_box_or_not(
+    start: tuple[float, float], end: tuple[float, float], crosses: bool
+) -> None:
+    assert labels.Box(2, 2, 10, 10).crossed(start, end) == crosses
+
+
+# ---- pages
+
+
+def test_tables_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{matched.MARKS[0]}\nold\n{matched.MARKS[1]}\nafter\n")
+    matched.put("new\n", page)
+    matched.put("newer\n", page)
+    assert page.read_text() == (
+        f"before\n{matched.MARKS[0]}\n\nnewer\n\n{matched.MARKS[1]}\nafter\n"
+    )
+    page.write_text("nothing")
+    with pytest.raises(DataError, match="lacks the marks"):
+        matched.put("new", page)

@@ -7,6 +7,7 @@ place, where it meets the least.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Room:
 
     def add_line(self, points: Sequence[Pair], radius: float, weight: float) -> None:
         """A line through points with markers; `weight` says how bad it is to cross it."""
-        pairs = zip(points[:-1], points[1:], strict=True)
+        pairs = itertools.pairwise(points)
         self.lines += [(start, end, weight) for start, end in pairs]
         self.boxes += [Box.around(at, radius) for at in points]
 

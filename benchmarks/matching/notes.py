@@ -31,8 +31,8 @@ def head(sheet: Sheet) -> str:
         "Behind ± one standard error, of differences to the full cache item by item. The best "
         "figure within the budget is bold, ours or another's; † counts bytes by its format, as it "
         "is simulated; ‡ is over the budget and takes no part. Bytes: resident memory that a "
-        "further token adds, and what is held of a window of text, exact tokens included; both over "
-        f"the full cache in {row['dtype']}. Even: within two paired standard errors of the best.",
+        "further token adds, and what is held of a window of text, exact tokens included; both "
+        f"over the full cache in {row['dtype']}. Even: within two paired standard errors.",
         questions(sheet),
         "Not there: " + "; ".join(ABSENT) + ".",
     ]

@@ -144,7 +144,7 @@ class Run:
 
 def described(column: Material) -> Json:
     """What a table needs to know of a column; of a task also what guessing gets right."""
-    found = {"column": column.column, "kind": column.kind, "data": column.data}
+    found: Json = {"column": column.column, "kind": column.kind, "data": column.data}
     found |= {"count": column.count}
     if isinstance(column, Task):
         items = [item for block in column.blocks for item in block.items]

@@ -130,6 +130,17 @@ def test_perplexity_is_kept_until_something_changes(command: Command) -> None:
     assert len(results.load_rows(command.run, "perplexity")) == 5
 
 
+def test_divergence_alone_and_with_perplexities(command: Command) -> None:
+    (row,) = command.rows(*TEXT, "--budget", "0.5", "--divergence")
+    assert row["kl"] > 0
+    assert 0 <= row["same"] <= 1
+    assert "perplexity" not in row
+    code, out, err = command(*TEXT, "--budget", "0.5", "--divergence", "--by-position")
+    assert code == 0, err
+    assert "same next token" in out
+    assert "0-31" in out
+
+
 def test_budgets_come_from_the_artifact_unless_given(command: Command) -> None:
     assert {row["budget"] for row in command.rows(*TASKS, "--limit", "2")} == {
         None,

@@ -21,10 +21,17 @@ from matkv.commands import console
 from matkv.commands.bars import progress_bar
 from matkv.commands.from_fields import from_fields
 from matkv.commands.options import TEXT_HELP, JsonOpt, Loading, RunArg
-from matkv.commands.tables import evaluation_table, needle_table, positions_table, tasks_table
+from matkv.commands.tables import (
+    divergence_table,
+    evaluation_table,
+    needle_table,
+    positions_table,
+    tasks_table,
+)
 from matkv.data.haystacks import HaystackConfig
 from matkv.data.task_items import LoadedTask, load_tasks
 from matkv.errors import MatkvError
+from matkv.evaluate.divergences import DIVERGENCE, divergences
 from matkv.evaluate.needles import NEEDLE, NeedleConfig, needles
 from matkv.evaluate.positions import POSITIONS, positions
 from matkv.evaluate.scores import summarize
@@ -67,6 +74,9 @@ def evaluate_command(
     by_position: Annotated[
         bool, typer.Option("--by-position", help="perplexity by position in the window")
     ] = False,
+    divergence: Annotated[
+        bool, typer.Option("--divergence", help="KL from the full cache, and equal next tokens")
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="measure what is already known")] = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -78,14 +88,15 @@ def evaluate_command(
         way.at(one)
     loaded = _load_tasks(tasks, tasks_dir, task_config.limit)
     alone = not loaded and not needle_config.contexts
-    source = text or ("default" if alone or by_position else None)
+    source = text or ("default" if alone or by_position or divergence else None)
     texts = None if source is None else data.read_texts(source, "validation")
     opened = Opened(run, *loading.open(run), way, budget, again=again, shown=not as_json)
     rows: Rows = []
     if source is not None and texts is not None:
         windows = data.text_windows(opened.tokenizer, texts, length, tokens)
-        measure = measure_positions if by_position else measure_texts
-        rows += measure(opened, windows, source)
+        measures = [measure_divergences] * divergence + [measure_positions] * by_position
+        for measure in measures or [measure_texts]:
+            rows += measure(opened, windows, source)
     if loaded:
         rows += measure_tasks(opened, loaded, task_config)
     if needle_config.contexts:
@@ -166,6 +177,18 @@ def measure_positions(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
             *opened.parts, windows_NT, _name(source), settings, results, on_progress=update
         )
     opened.show(positions_table(f"{opened.run} on {source}, perplexity by position", rows))
+    return rows
+
+
+def measure_divergences(opened: Opened, windows_NT: Tensor, source: str) -> Rows:
+    """How far every budget's predictions are from the full cache's."""
+    settings, results = opened.settings, opened.results(DIVERGENCE)
+    with progress_bar("evaluating") as update:
+        rows = divergences(
+            *opened.parts, windows_NT, _name(source), settings, results, on_progress=update
+        )
+    title = f"{opened.run} on {source}, {len(windows_NT)} windows of {windows_NT.shape[1]}"
+    opened.show(divergence_table(title, rows))
     return rows
 
 

@@ -126,6 +126,21 @@ def evaluation_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def divergence_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Divergence from the full cache, and equal next tokens; behind ± stands one standard error."""
+    table = Table(title=title, title_justify="left")
+    for name in ("budget", "KL, nats a token", "same next token, %"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        known = row["kl_stderr"] is not None and math.isfinite(row["kl_stderr"])
+        errors = [f" ± {row['kl_stderr']:.4f}", f" ± {100 * row['same_stderr']:.1f}"]
+        kl, same = errors if known else ("", "")
+        table.add_row(
+            budget_name(row["budget"]), f"{row['kl']:.4f}{kl}", f"{100 * row['same']:.1f}{same}"
+        )
+    return table
+
+
 def tasks_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Accuracy in percent, a line for each budget and a column for each task, as papers have it.
 
