@@ -7,9 +7,10 @@ In this order, so that a run cut short has what matters most: what the card can 
 decode kernels against attention in double precision, for mixes of ranks and of codes; one layer's
 decode attention against full-width kernels, with the share of the measured bandwidth that it
 reaches; a 7B decoder with random weights, tokens a second at every batch that fits, and a step in a
-CUDA graph. A part that fails is a row with its error, and the next one goes on. Cells that exceed
-the memory are left out. Budgets come as ragged ranks, and as codes of equal bits for all heads. Not
-here yet: prefill, and training in several processes (`gpu_train.py` trains in one).
+CUDA graph; training steps of its bases, plain and with everything sharded by FSDP. A part that
+fails is a row with its error, and the next one goes on. Cells that exceed the memory are left out.
+Budgets come as ragged ranks, and as codes of equal bits for all heads. Not here: prefill, and
+several GPUs.
 
 Shapes: B batch, H query head, G KV head, T token, D head dim.
 """
@@ -59,6 +60,7 @@ from matkv.latents.coding import SideCoding
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import SIDES, LayerBands, LayerRanks, RankTable
+from sharded import Training, sharded_training
 
 Row = dict[str, Any]
 SCALING = 0.1
@@ -105,6 +107,8 @@ class Plan:
     model: LlamaConfig
     model_context: int
     model_batches: tuple[int, ...]
+    training_batch: int
+    training_length: int
 
 
 def full_plan() -> Plan:
@@ -121,6 +125,8 @@ def full_plan() -> Plan:
         model=LlamaConfig(),  # its defaults are LLaMA-7B
         model_context=4096,
         model_batches=(1, 8, 16, 32, 64, 128),
+        training_batch=4,
+        training_length=1024,
     )
 
 
@@ -146,6 +152,8 @@ def dry_plan() -> Plan:
         model=small,
         model_context=32,
         model_batches=(1, 2),
+        training_batch=2,
+        training_length=16,
     )
 
 
@@ -447,6 +455,23 @@ def _graph(plan: Plan, model: PreTrainedModel, budget: float | None) -> Row:
     return {"step_ms": 1e3 * seconds, "tokens_per_second": 1 / seconds}
 
 
+# ---- training
+
+
+def training(plan: Plan) -> Iterator[Row]:
+    """Steps of the whole model's bases, plain and sharded."""
+    yield from sharded_training(
+        Training(
+            device=plan.device,
+            dtype=torch.bfloat16,
+            model=plan.model,
+            batch=plan.training_batch,
+            length=plan.training_length,
+            steps=3,
+        )
+    )
+
+
 # ---- how
 
 
@@ -476,6 +501,7 @@ PARTS: dict[str, Callable[[Plan], Iterator[Row]]] = {
     "exactness": exactness,
     "decode attention": decode_attention,
     "whole model": whole_model,
+    "training": training,
 }
 
 
@@ -522,6 +548,10 @@ def summary(found: dict[str, Any]) -> str:
         if "step_ms" in row:
             how = "graph" if row.get("graph") else f"batch {row['batch']}"
             lines.append(f"{row['cache']:>12} {how}: {row['tokens_per_second']:,.0f} tokens/s")
+    for row in found["training"]:
+        if "step_ms" in row:
+            right = {True: ", the same losses", False: ", OTHER LOSSES"}.get(row.get("passes"), "")
+            lines.append(f"training, {row['way']}: {row['step_ms']:.0f} ms a step{right}")
     return "\n".join(lines)
 
 

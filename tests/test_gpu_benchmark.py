@@ -35,7 +35,13 @@ def test_every_part_runs(
         row["cache"]: row["cache_bytes"] for row in found["whole model"] if row.get("batch") == 2
     }
     assert bytes_of["25.00% codes"] < bytes_of["full"]  # spare room counts here
-    assert "0 not within bounds" in capsys.readouterr().out
+    plain, sharded = found["training"]
+    assert sharded["passes"]
+    assert sharded["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    assert len(set(plain["losses"])) == 3  # it learns
+    said = capsys.readouterr().out
+    assert "0 not within bounds" in said
+    assert "FSDP, one process" in said
 
 
 def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,18 @@ def test_what_is_packed_can_be_found_again(tmp_path: Path, monkeypatch: pytest.M
         gpu_train.unpack(tmp_path / "parts")
 
 
+def test_two_parts_hold_all_that_travels() -> None:
+    try:
+        files = [file for _, file in gpu_train.travellers()]
+    except MatkvError as error:
+        pytest.skip(str(error))
+    sizes = [-(-file.stat().st_size // 512) * 512 + 512 for file in files]
+    assert gpu_train.PART < sum(sizes) + 10_240 < 2 * gpu_train.PART
+    root = Path(gpu_train.__file__).parents[1]
+    here = sum(path.stat().st_size for path in root.glob("src/**/*") if path.is_file())
+    assert gpu_train.PART + here < 62 << 20
+
+
 def test_missing_packages_and_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(MatkvError, match="not installed"):
         gpu_train.folder_of("no_such_package")

@@ -63,7 +63,17 @@ def test_inspect_says_it_of_every_table(run: Path, matkv: Program, shares: list[
 
 def test_allocate_says_it_of_every_table(run: Path, home: Path, matkv: Program) -> None:
     sizes: list[Word] = ["--length", "64", "--search-tokens", "64", "--held-out-tokens", "64"]
-    few: list[Word] = [*sizes, "--expansions", "2", "--budget", "0.5", "--method", "uniform", "--codes", "16"]
+    few: list[Word] = [
+        *sizes,
+        "--expansions",
+        "2",
+        "--budget",
+        "0.5",
+        "--method",
+        "uniform",
+        "--codes",
+        "16",
+    ]
     asked: list[Word] = ["allocate", run, "--text", home / "text.txt", *few]
     page = said(matkv(*asked).out)
     held = matkv(*asked, "--json").json()["held"]["0.5"]
@@ -74,7 +84,16 @@ def test_allocate_says_it_of_every_table(run: Path, home: Path, matkv: Program) 
 def test_evaluate_says_it_beside_the_perplexity(
     run: Path, home: Path, matkv: Program, shares: list[str]
 ) -> None:
-    asked: list[Word] = ["evaluate", run, "--text", home / "text.txt", "--length", "32", "--tokens", "64"]
+    asked: list[Word] = [
+        "evaluate",
+        run,
+        "--text",
+        home / "text.txt",
+        "--length",
+        "32",
+        "--tokens",
+        "64",
+    ]
     ended = matkv(*asked)
     assert STAYS in said(ended.out)
     assert f"25.0% is {shares[0]} and {shares[1]}" in said(ended.out)
