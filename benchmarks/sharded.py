@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig
 
 from matkv.artifact.artifact import Artifact
-from matkv.benchmark.decode import random_model
 from matkv.bases.learned import ADAM_EPSILON
+from matkv.benchmark.decode import random_model
 from matkv.calibrate import calibrate
 from matkv.distill.bases import Bases, rank_axes
 from matkv.distill.examples import TrainingSet, collate
