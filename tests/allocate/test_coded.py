@@ -22,15 +22,27 @@ from tiny import Tiny, left_padded, tokens
 SIZES: dict[str, Any] = {"search_tokens": 96, "held_out_tokens": 48}
 
 
-def test_damage_foretells_the_divergence_of_noise(llama: Tiny) -> None:
+@pytest.mark.parametrize("recent", [0, 12])
+def test_damage_foretells_the_divergence_of_noise(llama: Tiny, recent: int) -> None:
     """At 4 bits everywhere, where errors are small: half the Fisher information times the error."""
     text = text_of(llama)
-    artifact, damage = measure_noise(llama.model, llama.artifact, [text] * 30, seed=1)
+    exact = replace(llama.artifact, recent=recent)
+    artifact, damage = measure_noise(llama.model, exact, [text] * 30, seed=1)
     subject = replace(llama, artifact=artifact)
     bands = dict.fromkeys(damage, (0, 0, llama.geometry.layers[0].head_dim, 0))
     table = matkv.RankTable.banded(llama.geometry, bands)
     foretold = float(torch.stack([one[:, 2].sum() for one in damage.values()]).sum())
     assert measured(subject, text, table) == pytest.approx(foretold, rel=0.5)
+
+
+def test_what_no_query_sees_of_a_code_costs_nothing(llama: Tiny) -> None:
+    """Near queries see the exact token, however much they look at it."""
+    text = text_of(llama)
+    longest = max(piece.batch.ids_BT.shape[1] for piece in text.pieces)
+    for recent, costs in ((longest - 1, False), (longest - 2, True)):
+        artifact = replace(llama.artifact, recent=recent)
+        _, damage = measure_noise(llama.model, artifact, [text], seed=1)
+        assert all(bool(one.any()) == costs for one in damage.values())
 
 
 def test_padding_counts_for_nothing(llama: Tiny) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from matkv.allocate.divergence import Text
 from matkv.allocate.fisher import frozen, toward_samples
 from matkv.artifact.artifact import Artifact
+from matkv.bases.gates import Projected
 from matkv.bases.quantizer import Quantizer, fit
 from matkv.hf.handlers import Traced, tracing
 from matkv.progress import OnProgress, Report
@@ -64,8 +65,9 @@ def measure_noise(
 ) -> tuple[Artifact, dict[Cell, Tensor]]:
     """Quantizers for the artifact's bases, and the damage of every column at every width [DW].
 
-    One backward pass over each text, at the full cache; damage is in nats a token. Every process
-    reads all of it, so that all fit the same quantizers.
+    One backward pass over each text, at the full cache, in which only what queries see of tokens
+    that are exact no more counts; damage is in nats a token. Every process reads all of it, so that
+    all fit the same quantizers.
     """
     traces: dict[tuple[int, Side], Trace] = {}
     for layer in artifact.geometry.growing:
@@ -73,8 +75,9 @@ def measure_noise(
             maps = artifact.maps(layer, side).changed(lambda x: x.to(model.device))
             traces[layer, side] = Trace(maps.encode_XDD, maps.decode_XDD)
     report, tokens = Report(on_progress, "measuring", len(texts), "texts"), 0
+    far = Projected(artifact.recent, artifact.sink)
     handlers = {
-        layer: Traced(traces[layer, "key"], traces[layer, "value"])
+        layer: Traced(traces[layer, "key"], traces[layer, "value"], far)
         for layer in artifact.geometry.growing
     }
     with tracing(model, handlers), frozen(model):

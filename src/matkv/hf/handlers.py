@@ -82,20 +82,23 @@ class OnTruncated:
 
     def attend(self, call: Call) -> Tensor:
         """[-> BQHD]"""
-        exact = call.states
-        truncated = self.projected(*exact)
-        if not self.projected.recent:
-            return call.usual(*truncated)
-        out_BHQD = attend_near_exact(
-            call.query_BHQD,
-            States(*exact),
-            States(*truncated),
-            call.mask,
-            recent=self.projected.recent,
-            scaling=call.scaling,
-            dropout=call.dropout,
-        )
-        return out_BHQD.transpose(1, 2).contiguous()
+        return _attend(call, self.projected, self.projected(*call.states))
+
+
+def _attend(call: Call, projected: Projected, truncated: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention on truncated states, those of recent tokens exact.  [-> BQHD]"""
+    if not projected.recent:
+        return call.usual(*truncated)
+    out_BHQD = attend_near_exact(
+        call.query_BHQD,
+        States(*call.states),
+        States(*truncated),
+        call.mask,
+        recent=projected.recent,
+        scaling=call.scaling,
+        dropout=call.dropout,
+    )
+    return out_BHQD.transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -121,21 +124,34 @@ class Watches(Protocol):
 
 @dataclass(frozen=True)
 class Traced:
-    """Shows keys and values to two watchers, and later the gradients by them; attends as usual."""
+    """Shows keys and values to two watchers, and later the gradients by what stands for them.
+
+    Queries near a token see it exact, and their gradients do not count: no code is in their way.
+    """
 
     key: Watches
     value: Watches
+    projected: Projected
 
     def attend(self, call: Call) -> Tensor:
         """[-> BQHD]"""
-        states = []
-        for watcher, x_BGTD in zip((self.key, self.value), call.states, strict=True):
+        exact = call.states
+        for watcher, x_BGTD in zip((self.key, self.value), exact, strict=True):
             watcher.see(x_BGTD.detach())
-            # Nothing below the first traced layer has gradients, for the weights have none.
-            x_BGTD = x_BGTD if x_BGTD.requires_grad else x_BGTD.detach().requires_grad_()
-            x_BGTD.register_hook(watcher.add)
-            states.append(x_BGTD)
-        return call.usual(*states)
+        key, value = (
+            _watched(watcher, x_BGTD)
+            for watcher, x_BGTD in zip((self.key, self.value), self.projected(*exact), strict=True)
+        )
+        return _attend(call, self.projected, (key, value))
+
+
+def _watched(watcher: Watches, x_BGTD: Tensor) -> Tensor:
+    """The same states, whose gradients `watcher` will see."""
+    # Nothing below the first traced layer has gradients, for the weights have none.
+    is_reached = x_BGTD.requires_grad
+    x_BGTD = x_BGTD.view_as(x_BGTD) if is_reached else x_BGTD.detach().clone().requires_grad_()
+    x_BGTD.register_hook(watcher.add)
+    return x_BGTD
 
 
 def tracing(model: nn.Module, handlers: Mapping[int, Traced]) -> AbstractContextManager[None]:
