@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import questions
-from matkv import calibrate
+from matkv import calibrate, data
 from matkv.allocate.config import AllocateConfig
 from matkv.allocate.stage import allocate
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.results import Results
 from matkv.calibrate import CalibrateConfig
 from matkv.distill.config import DistillConfig
 from matkv.ranks import RankTable
@@ -88,7 +89,7 @@ def test_only_what_is_named_runs(desk: questions.Desk, monkeypatch: pytest.Monke
     monkeypatch.setattr(questions, "desk", lambda options: desk)
     monkeypatch.setattr(questions, "arms", few_arms)
     questions.main(["-o", str(desk.folder), "--only", "ladder"])
-    rows = questions.Results(None, questions.ARMS, file=desk.folder / "questions.json").rows
+    rows = Results(None, questions.ARMS, file=desk.folder / "questions.json").rows
     assert [row["arm"] for row in rows] == ["schedule: ladder"]
     assert rows[0]["0.5"][0] > 0
 
@@ -127,8 +128,8 @@ def test_the_start_is_made_once(
         return desk.start
 
     monkeypatch.setattr(questions, "load_model", lambda *_: (llama.model, None))
-    monkeypatch.setattr(questions.data, "read_texts", lambda *_: [""])
-    monkeypatch.setattr(questions.data, "text_windows", lambda *_: tokens(9, 24))
+    monkeypatch.setattr(data, "read_texts", lambda *_: [""])
+    monkeypatch.setattr(data, "text_windows", lambda *_: tokens(9, 24))
     monkeypatch.setattr(questions, "make_start", make)
     for _ in range(2):
         found = questions.desk(options("-o", str(tmp_path / "out"), "--scored", "3"))
