@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in SIZES:
         parser.add_argument(f"--{name}", type=int, help="of each text, test or task")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="rows with a word")
+    parser.add_argument("--budgets", type=float, nargs="*", metavar="SHARE", help="these alone")
     parser.add_argument("--no-variants", action="store_true", help="only the artifact as it is")
     parser.add_argument("--minutes", type=float, help="start nothing new after so long")
     parser.add_argument("--dtype", default="auto", help="bfloat16 where it is fast, else float32")
@@ -64,6 +65,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.windows is not None and options.windows < 1:
         parser.error(f"--windows {options.windows}: everything is compared on one at least")
+    if unknown := sorted(set(options.budgets or ()) - set(rows.LEVELS)):
+        parser.error(f"--budgets {unknown[0]:g}: choose among {sorted(rows.LEVELS)}")
     return options
 
 
@@ -105,7 +108,9 @@ def measure(options: argparse.Namespace, records: Records) -> None:
     tokens = CALIBRATE_TOKENS[options.quick]
     calibration = Calibration(model, tokenizer, training, tokens)
     variants = None if options.no_variants else workshop
-    entries = list(rows.entries(artifact, variants, calibration, outside=not options.quick))
+    found = rows.entries(
+        artifact, variants, calibration, outside=not options.quick, levels=options.budgets
+    )
     shared = {
         "model": options.model,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -115,7 +120,7 @@ def measure(options: argparse.Namespace, records: Records) -> None:
     Run(
         model=model,
         shared=shared,
-        entries=rows.kept_by(entries, options.only),
+        entries=rows.kept_by(list(found), options.only),
         columns=columns,
         records=records,
         training=training(),

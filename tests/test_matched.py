@@ -483,8 +483,9 @@ def test_none_of_a_kind_leaves_the_column_out(desk: Path) -> None:
     sizes = replace(make.QUICK, windows=1, samples=0, items=0, tokens=600)
     found = make.material(tokenizer, sizes, tasks_dir=desk / "none", references=desk)
     assert [one.kind for one in found] == ["text", "footprint"]
-    with pytest.raises(SystemExit):
-        matched.parse(["--windows", "0"])
+    for wrong in (["--windows", "0"], ["--budgets", "0.3"]):
+        with pytest.raises(SystemExit):
+            matched.parse(wrong)
 
 
 # ---- the picture

@@ -34,7 +34,7 @@ class Effort:
 
 
 FULL = Effort(calibrate_tokens=16_384, expansions=36, held_out_tokens=4096)
-QUICK = Effort(calibrate_tokens=4096, expansions=2, held_out_tokens=1024)
+QUICK = Effort(calibrate_tokens=4096, expansions=1, held_out_tokens=1024)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,8 +54,8 @@ FULL = Sizes(
     few=1024, tokens=5120, prompt=2048, steps=16,
 )  # fmt: skip
 QUICK = Sizes(
-    windows=2, samples=2, haystack=512, items=4, shots=1024,
-    few=256, tokens=1280, prompt=512, steps=4,
+    windows=2, samples=1, haystack=512, items=3, shots=1024,
+    few=256, tokens=1024, prompt=512, steps=4,
 )  # fmt: skip
 
 

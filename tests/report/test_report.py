@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 import report_rows
+from coded import ragged_bands
 from matkv.artifact import results
 from matkv.artifact.artifact import Artifact
+from matkv.artifact.history import Allocated, Check
 from matkv.errors import MatkvError
 from matkv.report.build import SECTIONS, report
 from matkv.report.page import Block, Missing, Sample, Table
@@ -23,6 +25,7 @@ from matkv.report.pictures.theme import DARK, LIGHT
 from matkv.report.rows import Peer, read
 from matkv.report.runs import Run, read_runs
 from matkv.report.sections.accuracy import full_of, retention, scores
+from matkv.report.sections.bases import ranks_section
 from matkv.report.sections.headline import choose, headline
 from matkv.report.sections.peers import exactness, front, verdict, verdicts
 from matkv.report.sections.quality import readable
@@ -352,3 +355,19 @@ def test_what_collapses_does_not_hide_the_rest() -> None:
     assert readable([16.0, 30.0], 15.0) is None
     assert readable([16.0, 9000.0], 15.0) == (11.25, 300.0)
     assert readable([9000.0], None) is None
+
+
+@pytest.mark.parametrize("uniform_kl", [None, 0.2])
+@pytest.mark.usefixtures("undrawn")
+def test_tables_of_bits_are_called_so_and_have_no_empty_column(
+    tmp_path: Path, uniform_kl: float | None
+) -> None:
+    artifact = tiny("llama").artifact
+    check = Check(budget=0.5, kl=0.1, uniform_kl=uniform_kl)
+    made = replace(artifact, tables={0.5: ragged_bands(artifact.geometry)})
+    made.with_history(Allocated(settings={}, checks=(check,))).save(tmp_path / "run")
+    section = ranks_section(read_runs([tmp_path / "run"]))
+    assert section.title == "Ranks and bits"
+    (table,) = [block for block in section.blocks if isinstance(block, Table)]
+    assert ("KL, uniform ranks" in table.header) == (uniform_kl is not None)
+    assert all(len(row) == len(table.header) for row in table.rows)

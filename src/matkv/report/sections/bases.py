@@ -31,7 +31,8 @@ def ranks_section(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     for run in searched:
         blocks += [_rank_maps(run, runs), _shares(run, runs)]
-    return Section("ranks", "Ranks", blocks)
+    coded = any(table.coded for run in searched for table in run.artifact.tables.values())
+    return Section("ranks", "Ranks and bits" if coded else "Ranks", blocks)
 
 
 def shown_budgets(tables: dict[float, RankTable]) -> list[float]:
@@ -49,23 +50,29 @@ def shown_budgets(tables: dict[float, RankTable]) -> list[float]:
 
 def _rank_maps(run: Run, runs: Sequence[Run]) -> Picture:
     shown = {budget: run.artifact.tables[budget] for budget in shown_budgets(run.artifact.tables)}
-    caption = "Ranks of every layer and KV head, and what each side keeps of all."
+    kept = "Ranks and bits" if any(table.coded for table in shown.values()) else "Ranks"
+    caption = f"{kept} of every layer and KV head, and what each side keeps of all."
     return rank_maps(slug(run, runs, "ranks"), shown, caption=title_of(run, runs, caption))
 
 
 def _shares(run: Run, runs: Sequence[Run]) -> Table:
     checks = _checks(run)
+    # Tables of bits have no equal ranks beside them.
+    names = {"kl": "KL, these ranks", "uniform_kl": "KL, uniform ranks"}
+    if not any(check.uniform_kl is not None for check in checks.values()):
+        names = {"kl": "KL"}
     rows = []
     for budget, table in sorted(run.artifact.tables.items(), reverse=True):
         check = checks.get(round(budget, 6), Check(budget=budget))
         cells = [Cell(percent(budget)), *(Cell(f"{table.share(side):.1%}") for side in SIDES)]
-        for value in (check.kl, check.uniform_kl):
+        for value in (getattr(check, name) for name in names):
             cells.append(Cell("–" if value is None else f"{value:.3f}"))
         rows.append(cells)
     paper = [Cell(f"{PAPER_SHARES[side]:.1%}") for side in SIDES]
-    rows.append([Cell(f"paper, LLaMA2-7B, {percent(PAPER_BUDGET)}"), *paper, Cell("–"), Cell("–")])
+    lacking = [Cell("–")] * len(names)
+    rows.append([Cell(f"paper, LLaMA2-7B, {percent(PAPER_BUDGET)}"), *paper, *lacking])
     return Table(
-        header=("budget", "keys kept", "values kept", "KL, these ranks", "KL, uniform ranks"),
+        header=("budget", "keys kept", "values kept", *names.values()),
         rows=rows,
         caption=title_of(run, runs, "What keys and values keep"),
         notes=("KL: nats a token to the full cache's predictions, on held-out text.",),

@@ -112,7 +112,8 @@ def _picture(runs: Sequence[Run], shown: Sequence[Source]) -> Picture:
         "quality",
         panels,
         text="Perplexity against the share of cache bytes kept, a line for each run.",
-        caption="Lower is better; further left is smaller. Bars: one standard error. "
+        caption="Lower is better; further left is smaller. Bars: one standard error over "
+        "windows, which all budgets share: they lie far nearer to one another than bars say. "
         + (CUT if any(panel.y.span for panel in panels) else ""),
     )
 
