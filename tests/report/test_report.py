@@ -18,12 +18,13 @@ from coded import ragged_bands
 from matkv.artifact import results
 from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Allocated, Check
+from matkv.artifact.results import Kind, Results
 from matkv.errors import MatkvError
 from matkv.report.build import SECTIONS, report
 from matkv.report.page import Block, Missing, Sample, Table
 from matkv.report.pictures.theme import DARK, LIGHT
-from matkv.report.rows import Peer, read
-from matkv.report.runs import Run, read_runs
+from matkv.report.rows import Peer, Position, read
+from matkv.report.runs import Run, read_runs, series
 from matkv.report.sections.accuracy import full_of, retention, scores
 from matkv.report.sections.bases import ranks_section
 from matkv.report.sections.headline import choose, headline
@@ -371,3 +372,23 @@ def test_tables_of_bits_are_called_so_and_have_no_empty_column(
     (table,) = [block for block in section.blocks if isinstance(block, Table)]
     assert ("KL, uniform ranks" in table.header) == (uniform_kl is not None)
     assert all(len(row) == len(table.header) for row in table.rows)
+
+
+def test_exact_tokens_are_told_where_they_are_not_the_artifacts_own(tmp_path: Path) -> None:
+    artifact = replace(tiny("llama").artifact, sink=2, recent=8)
+    artifact.save(tmp_path / "run")
+    rows = [
+        report_rows.named(artifact, 0.5)
+        | {"sink": sink, "recent": recent, "text": "t", "window_tokens": 9}
+        | {"start": 0, "end": 9, "perplexity": 9.0 + sink, "tokens": 8}
+        for sink, recent in ((2, 8), (0, 0), (0, 4))
+    ]
+    kept = Results(tmp_path / "run", Kind("positions", tuple(sorted(rows[0]))))
+    kept.put([row | {"made": report_rows.MADE} for row in rows])
+    (run,) = read_runs([tmp_path / "run"])
+    assert [str(one) for one in series(run.read(Position))] == [
+        "50%, no token exact",
+        "50%, last 4 exact",
+        "50%",
+    ]
+    assert [row.dash for row in run.read(Position)] == [0, 2, 2]

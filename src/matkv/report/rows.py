@@ -26,6 +26,9 @@ def number(row: Record, name: str) -> float | None:
 class Row:
     """What rows of every kind say: the budget, None for the full cache, and how the cache was set.
 
+    `stored` says that its exact tokens are those that the artifact asks for, which need no mention,
+    `bare` that it asks for some and there are none.
+
     Fields without a default are numbers that must be there, those with None may be missing; the
     others are of their default's type.
     """
@@ -35,6 +38,8 @@ class Row:
     uniform: bool = False
     sink: int = 0
     recent: int = 0
+    stored: bool = False
+    bare: bool = False
     dtype: str = ""
 
     @classmethod
@@ -53,9 +58,17 @@ class Row:
         return Setting(uniform=self.uniform, sink=self.sink, recent=self.recent)
 
     @property
+    def special(self) -> str:
+        """What is to be said of the way, nothing of the one that the artifact asks for."""
+        parts = [str(Setting(uniform=self.uniform) if self.stored else self.way)]
+        parts.append("no token exact" if self.bare else "")
+        return ", ".join(part for part in parts if part)
+
+    @property
     def dash(self) -> int:
         """How lines of this way are drawn: of plain, uniform, exact and both another."""
-        return int(self.uniform) + 2 * int(self.sink > 0 or self.recent > 0)
+        other = self.bare or (not self.stored and self.sink + self.recent > 0)
+        return int(self.uniform) + 2 * int(other)
 
 
 def _value(record: Record, name: str, default: Any) -> Any:
@@ -239,8 +252,7 @@ class Timed(Row):
         """The cache as legends call it."""
         if self.budget is None:
             return self.name
-        way = str(self.way)
-        return f"matkv {100 * self.budget:.4g}%" + (f", {way}" if way else "")
+        return ", ".join(part for part in (f"matkv {100 * self.budget:.4g}%", self.special) if part)
 
     @property
     def quartiles(self) -> tuple[float, float] | None:

@@ -79,10 +79,17 @@ def _read(folder: Path, name: str, artifact: Artifact, digests: Sequence[str]) -
             rows[kind] = [row for row in found if row.get("artifact") in {None, *digests}]
         else:
             mine = [row for row in found if row.get("artifact") in {None, ours}]
-            told = [row | {"uniform": was_uniform(row, artifact)} for row in mine]
+            told = [row | _way_of(row, artifact) for row in mine]
             rows[kind] = [row for row in told if row["uniform"] is not None]
         stale[kind] = len(found) - len(rows[kind])
     return Run(name=name, artifact=artifact, digest=ours, rows=rows, stale=stale)
+
+
+def _way_of(row: Record, artifact: Artifact) -> Record:
+    """Whether ranks were uniform, and whether exact tokens are those that the artifact stores."""
+    exact, asked = (row.get("sink") or 0, row.get("recent") or 0), (artifact.sink, artifact.recent)
+    bare = not any(exact) and any(asked)
+    return {"uniform": was_uniform(row, artifact), "stored": exact == asked, "bare": bare}
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -103,7 +110,8 @@ class Series(Generic[RowT]):
     rows: Sequence[RowT]
 
     def __str__(self) -> str:
-        return percent(self.budget) + (f", {self.way}" if str(self.way) else "")
+        special = "" if self.budget is None else self.rows[0].special
+        return percent(self.budget) + (f", {special}" if special else "")
 
 
 def series(rows: Sequence[RowT]) -> list[Series[RowT]]:
