@@ -419,7 +419,7 @@ def _coded_table(artifact: matkv.Artifact, budget: float) -> RankTable:
     """The same bands for all heads of all layers."""
     bands = {
         (layer, side, head): _bands(budget, artifact.geometry.layers[layer].head_dim)
-        for layer in artifact.geometry.growing
+        for layer in artifact.geometry.compressed
         for side in SIDES
         for head in range(artifact.geometry.layers[layer].kv_heads)
     }

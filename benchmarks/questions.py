@@ -162,7 +162,7 @@ def split_table(artifact: Artifact, budget: float, share: float) -> RankTable:
     bands = {}
     for side, its in wanted.items():
         table = min(artifact.tables.values(), key=lambda one: abs(one.share(side) - its))
-        for layer in artifact.geometry.growing:
+        for layer in artifact.geometry.compressed:
             for head, one in enumerate(table.bands(layer, side)):
                 bands[layer, side, head] = one
     return RankTable.banded(artifact.geometry, bands)

@@ -33,7 +33,7 @@ def ragged_bands(geometry: Geometry, seed: int = 0) -> RankTable:
     """Bands of every kind, odd counts, plain heads and empty ones among them."""
     rng = random.Random(seed)
     bands: dict[Cell, Bands] = {}
-    for layer in geometry.growing:
+    for layer in geometry.compressed:
         shape = geometry.layers[layer]
         for side in SIDES:
             for head in range(shape.kv_heads):
@@ -65,7 +65,7 @@ def coded(name: str) -> Coded:
     artifact = subject.artifact
     maps = {
         layer: {side: artifact.maps(layer, side) for side in SIDES}
-        for layer in artifact.geometry.growing
+        for layer in artifact.geometry.compressed
     }
     sequences = [{"input_ids": tokens(1, 48, seed=seed)[0]} for seed in range(4)]
     fitted = fit_quantizers(subject.model, maps, sequences)

@@ -136,7 +136,7 @@ def _of_artifact(artifact: Artifact) -> dict[str, Any]:
     """Bases, adapters and tables, to the bit; energies, and KLs that allocate measured."""
     parts: list[bytes] = []
     numbers: list[float] = []
-    for layer in artifact.geometry.growing:
+    for layer in artifact.geometry.compressed:
         for side in SIDES:
             maps, energy_GD = artifact.maps(layer, side), artifact.bases[layer][side].energy_GD
             parts += map(_bytes, (maps.encode_XDD, maps.decode_XDD, energy_GD))

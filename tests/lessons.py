@@ -48,6 +48,6 @@ def off_orthogonal(maps: Maps) -> float:
 def same_bases(one: Artifact, other: Artifact) -> bool:
     return all(
         torch.equal(one.maps(layer, side).encode_XDD, other.maps(layer, side).encode_XDD)
-        for layer in one.geometry.growing
+        for layer in one.geometry.compressed
         for side in SIDES
     )

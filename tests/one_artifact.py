@@ -38,7 +38,7 @@ def make(seed: int = 0, *, lora: bool = False) -> Artifact:
         fingerprint=(0.25, -1.5, 3e-7),
         bases={
             layer: {"key": side(layer, oblique=False), "value": side(layer + 4, oblique=True)}
-            for layer in GEOMETRY.growing
+            for layer in GEOMETRY.compressed
         },
         tables={1 / 3: ragged_table(GEOMETRY, 1), 0.5: ragged_table(GEOMETRY, 2)},
         sink=4,

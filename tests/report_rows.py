@@ -78,7 +78,7 @@ def with_tables(artifact: Artifact) -> Artifact:
                 heads = [share + 0.05 * (head % 3 - 1) for head in range(shape.kv_heads)]
                 kept = [min(1.0, max(0.0, one)) * shape.head_dim for one in heads]
                 full = shape.head_dim
-                ranks.append(tuple(round(one) if shape.grows else full for one in kept))
+                ranks.append(tuple(round(one) if shape.is_compressed else full for one in kept))
             sides.append(tuple(ranks))
         tables[budget] = RankTable(artifact.geometry, sides[0], sides[1])
     checks = tuple(Check(budget=b, kl=0.02 / b**3, uniform_kl=0.03 / b**3) for b in tables)

@@ -35,7 +35,7 @@ def states_of(subject: Tiny, ids_BT: Tensor) -> dict[int, dict[str, Tensor]]:
 
     observe(
         subject.model,
-        {n: observer(n) for n in subject.geometry.growing},
+        {n: observer(n) for n in subject.geometry.compressed},
         [ids_BT],
     )
     return seen
@@ -45,7 +45,7 @@ def test_moments_equal_a_direct_computation(family: Tiny) -> None:
     batches = [tokens(3, 17, seed=1), tokens(2, 9, seed=2)]
     layers, count = collect_moments(family.model, batches)
     assert count == 3 * 17 + 2 * 9
-    assert tuple(layers) == family.geometry.growing
+    assert tuple(layers) == family.geometry.compressed
     states = [states_of(family, batch) for batch in batches]
     modules = attention_modules(family.model)
     for layer, moments in layers.items():

@@ -202,7 +202,7 @@ def test_exact_tokens_pay_for_full_width_and_codes_for_the_others(
     table, codes, exact = llama.ragged(), ours.Codes(bits=4), ours.Exact(sink=3, recent=6)
     method = ours.LatentCodes(llama.artifact, table, codes, exact)
     row = score(llama.model, windows, PROTOCOL, method)
-    a_token = sum(codes.nbytes(rank) for *_, rank in table.growing_ranks())
+    a_token = sum(codes.nbytes(rank) for *_, rank in table.compressed_ranks())
     full, lengths = full_bytes_per_token(llama.model), (25, 30, 31)
     expected = sum((tokens - 9) * a_token + 9 * full for tokens in lengths) / sum(lengths)
     assert row["bytes_per_token"] == pytest.approx(expected)

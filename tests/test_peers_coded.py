@@ -149,7 +149,7 @@ def test_entries_of_codes(llama: Tiny) -> None:
 
 @pytest.fixture
 def with_bits(llama: Tiny) -> Artifact:
-    cells = [cell[:3] for cell in RankTable.full(llama.geometry).growing_ranks()]
+    cells = [cell[:3] for cell in RankTable.full(llama.geometry).compressed_ranks()]
     table = RankTable.banded(llama.geometry, dict.fromkeys(cells, (0, 4, 4, 4)))
     return replace(llama.artifact, tables={0.25: table, 0.5: llama.ragged()})
 

@@ -146,7 +146,7 @@ def test_joint_codes_count_their_bytes(
     exact = {tokens: min(tokens, 4 + recent) for tokens in LENGTHS}
     expected = sum((tokens - n) * a_token + n * whole for tokens, n in exact.items())
     assert row["bytes_per_token"] == pytest.approx(expected / sum(LENGTHS))
-    ranks = [rank for *_, rank in method.table.growing_ranks()]
+    ranks = [rank for *_, rank in method.table.compressed_ranks()]
     assert row["fixed_bytes"] == sum(32 * rank + 32 + 2 * rank for rank in ranks) * 4
 
 
@@ -170,7 +170,7 @@ def test_a_dropped_component_is_its_mean(llama: Tiny, bases: list[Any]) -> None:
     """Keys have theirs before the rotary embedding; the first tokens stay as they are."""
     method = kvtc.Kvtc(bases, 0.1)
     geometry = method.table.geometry
-    none = {(layer, side, 0): (0, 0, 0, 0) for layer in geometry.growing for side in SIDES}
+    none = {(layer, side, 0): (0, 0, 0, 0) for layer in geometry.compressed for side in SIDES}
     method.table = RankTable.banded(geometry, none)
     handler = method.handlers(llama.model)[0]
     assert (handler.sink, handler.recent) == (4, 128)

@@ -31,8 +31,8 @@ GEOMETRIES = pytest.mark.parametrize("geometry", [PLAIN, MIXED], ids=["plain", "
 
 
 def test_only_layers_without_a_window_grow() -> None:
-    assert PLAIN.growing == (0, 1, 2)
-    assert MIXED.growing == (1, 3)
+    assert PLAIN.compressed == (0, 1, 2)
+    assert MIXED.compressed == (1, 3)
     assert (PLAIN.columns, MIXED.columns) == (3 * 64, 2 * 64)
 
 
@@ -100,7 +100,7 @@ def test_a_uniform_table_keeps_the_largest_rank_within_its_budget(
                 RankTable.uniform(geometry, budget, step=step)
             continue
         table = RankTable.uniform(geometry, budget, step=step)
-        ranks = {rank for *_, rank in table.growing_ranks()}
+        ranks = {rank for *_, rank in table.compressed_ranks()}
         assert len(ranks) == 1
         rank = ranks.pop()
         assert rank % grain == 0 or budget == 1
@@ -133,7 +133,7 @@ def test_every_layer_has_steps_of_its_own_head_dim() -> None:
 
 def test_ranks_change_one_by_one() -> None:
     table = RankTable.full(MIXED).changed({(1, "key", 0): 3, (3, "value", 1): 0})
-    changed = [place for *place, rank in table.growing_ranks() if rank < 16]
+    changed = [place for *place, rank in table.compressed_ranks() if rank < 16]
     assert changed == [[1, "key", 0], [3, "value", 1]]
     assert table.columns == MIXED.columns - 13 - 16
     with pytest.raises(RankError, match="sliding window stays"):
@@ -147,7 +147,7 @@ def test_keys_and_values_have_budgets_of_their_own() -> None:
 
 @GEOMETRIES
 def test_the_full_table_costs_what_an_uncompressed_cache_costs(geometry: Geometry) -> None:
-    table, growing = RankTable.full(geometry), len(geometry.growing)
+    table, growing = RankTable.full(geometry), len(geometry.compressed)
     assert table.budget == table.share("key") == table.share("value") == 1
     assert table == RankTable.uniform(geometry, 1)
     assert table.bytes_per_token(torch.bfloat16) == growing * 2 * 2 * 16 * 2
@@ -178,7 +178,7 @@ def test_what_is_held_is_a_share_of_what_a_full_cache_holds(geometry: Geometry) 
     assert full.held(7, sink=2) == table.held(4, sink=2, recent=9) == 1
     # After 10 tokens a layer with a window of 8 holds 7 of them, at full width.
     stays = geometry.staying * 7 * 2 * 2 * 16
-    grows = len(geometry.growing) * 2 * 2 * 16
+    grows = len(geometry.compressed) * 2 * 2 * 16
     whole, kept = stays + 10 * grows, stays + 5 * grows + 5 * table.columns
     assert table.held(10, sink=2, recent=3) == kept / whole
     assert (table.held(10) > table.budget) == (geometry.staying > 0)
@@ -186,10 +186,10 @@ def test_what_is_held_is_a_share_of_what_a_full_cache_holds(geometry: Geometry) 
 
 
 @GEOMETRIES
-def test_growing_ranks_lists_every_rank_once(geometry: Geometry) -> None:
+def test_compressed_ranks_lists_every_rank_once(geometry: Geometry) -> None:
     table = ragged_table(geometry, 2)
-    listed = {(layer, side, head): rank for layer, side, head, rank in table.growing_ranks()}
-    assert len(listed) == len(list(table.growing_ranks())) == len(geometry.growing) * 4
+    listed = {(layer, side, head): rank for layer, side, head, rank in table.compressed_ranks()}
+    assert len(listed) == len(list(table.compressed_ranks())) == len(geometry.compressed) * 4
     assert all(
         table.side(side)[layer][head] == rank for (layer, side, head), rank in listed.items()
     )

@@ -196,7 +196,7 @@ def test_peak_memory_falls_with_the_budget() -> None:
 
 def test_uniform_tables_of_the_default_model(artifact: Artifact) -> None:
     table = RankTable.uniform(artifact.geometry, 0.375)
-    assert {rank for *_, rank in table.growing_ranks()} == {24}
+    assert {rank for *_, rank in table.compressed_ranks()} == {24}
     assert table.bytes_per_token(torch.bfloat16) == 30 * 3 * 2 * 24 * 2
 
 

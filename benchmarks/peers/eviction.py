@@ -147,7 +147,7 @@ class Evicting(Method):
 
     def new_cache(self, model: Any) -> Any:
         cache = DynamicCache(config=model.config)
-        if not all(shape.grows for shape in geometry_of(model.config).layers):
+        if not all(shape.window is None for shape in geometry_of(model.config).layers):
             raise UnsupportedModelError("eviction is written for layers without sliding windows")
         cache.layers = [EvictingLayer(self.rule, self.budget) for _ in cache.layers]
         return cache

@@ -62,7 +62,11 @@ class Rotary:
         self.embedding: Any = getattr(decoder_of(model), "rotary_emb", None)
         self.apply: Any = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
         shapes = geometry_of(model.config).layers
-        if self.embedding is None or self.apply is None or not all(one.grows for one in shapes):
+        if (
+            self.embedding is None
+            or self.apply is None
+            or not all(one.window is None for one in shapes)
+        ):
             raise UnsupportedModelError(
                 f"{kind.__name__}: keys before the rotary embedding are written for one embedding "
                 "of the whole decoder, and layers without a sliding window"
@@ -247,6 +251,6 @@ class Kvtc(Coded):
         """Kept components [NR], their scales and steps [R], and the mean of a side [N]."""
         numbers = sum(
             _columns(self.bases[layer][side]) * (rank + 1) + 2 * rank
-            for layer, side, _, rank in self.table.growing_ranks()
+            for layer, side, _, rank in self.table.compressed_ranks()
         )
         return numbers * int(model.dtype.itemsize)

@@ -213,7 +213,7 @@ class LatentCodes(Method):
                 self.codes,
                 self.exact,
             )
-            for layer in self.artifact.geometry.growing
+            for layer in self.artifact.geometry.compressed
         }
         with merged(model, self.artifact.lora), truncating(model, handlers):
             yield model
@@ -222,7 +222,7 @@ class LatentCodes(Method):
         tokens, dtype = cache.get_seq_length(), cache.layers[0].keys.dtype
         exact = self.exact.among(tokens)
         full = RankTable.full(self.artifact.geometry).bytes_per_token(dtype)
-        a_token = sum(self.codes.nbytes(rank) for *_, rank in self.table.growing_ranks())
+        a_token = sum(self.codes.nbytes(rank) for *_, rank in self.table.compressed_ranks())
         return (tokens - exact) * a_token + exact * full, None
 
     def fixed_nbytes(self, model: Any) -> int:

@@ -38,6 +38,9 @@ class CalibrateConfig:
     skip_first: Number = Field(default=0, description="leave out each sequence's first tokens")
     sink: Number = Field(default=0, description="first tokens to keep exact")
     recent: Number = Field(default=0, description="last tokens to keep exact")
+    windows: bool = Field(
+        default=True, description="compress layers with a long sliding window as well"
+    )
 
 
 def calibrate(
@@ -60,7 +63,11 @@ def calibrate(
 
     config = config or CalibrateConfig()
     layers, tokens = collect_moments(
-        model, batches, skip_first=config.skip_first, on_progress=on_progress
+        model,
+        batches,
+        skip_first=config.skip_first,
+        windows=config.windows,
+        on_progress=on_progress,
     )
     return artifact_from(model, layers, config, tokens=tokens)
 
@@ -85,7 +92,7 @@ def artifact_from(
         }
     artifact = Artifact(
         base_model=str(model.config._name_or_path),
-        geometry=geometry_of(model.config),
+        geometry=geometry_of(model.config, windows=config.windows),
         fingerprint=fingerprint(model),
         bases=bases,  # type: ignore[arg-type]
         sink=config.sink,

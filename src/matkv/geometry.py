@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 Size = Annotated[int, Field(strict=True, gt=0, le=2**31 - 1)]
+Flag = Annotated[bool, Field(strict=True)]
+# A shorter sliding window holds hardly more tokens than are kept exact: its layer stays as it is.
+LEAST_WINDOW = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
     """One layer's cache: `kv_heads` × `head_dim` for keys and for values, a token.
 
-    `window` is the layer's sliding window in tokens; None means that it keeps every token.
+    `window` is the layer's sliding window in tokens; None means that it keeps every token. With
+    `ring`, a layer that has one is compressed as well.
     """
 
     kv_heads: Size
     head_dim: Size
     window: Size | None = None
+    ring: Flag = False
 
     @property
-    def grows(self) -> bool:
-        return self.window is None
+    def is_compressed(self) -> bool:
+        return self.window is None or self.ring
+
+    def held(self, tokens: int) -> int:
+        """Of how many of so many tokens the layer holds anything: as transformers has it."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
 
     @property
     def columns(self) -> int:
@@ -39,22 +48,30 @@ class Geometry:
     layers: tuple[LayerShape, ...]
 
     @property
-    def growing(self) -> tuple[int, ...]:
-        """Indices of the layers that keep every token: the ones matkv compresses."""
-        return tuple(index for index, layer in enumerate(self.layers) if layer.grows)
+    def compressed(self) -> tuple[int, ...]:
+        """Indices of the layers that matkv compresses."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.is_compressed)
 
     @property
     def staying(self) -> int:
         """How many layers have a sliding window, and stay at full width."""
-        return len(self.layers) - len(self.growing)
+        return len(self.layers) - len(self.compressed)
 
     @property
     def columns(self) -> int:
-        """Numbers of one token at full width, of all layers that grow."""
-        return sum(self.layers[index].columns for index in self.growing)
+        """Numbers of one token at full width, of all compressed layers."""
+        return sum(self.layers[index].columns for index in self.compressed)
+
+    def without_rings(self) -> Geometry:
+        """The same, layers with a sliding window left as they are: the shape of a model itself."""
+        return replace(self, layers=tuple(replace(layer, ring=False) for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        layers = [asdict(layer) for layer in self.layers]
+        for layer in layers:
+            if not layer["ring"]:
+                del layer["ring"]  # as before there were any
+        return {"query_heads": self.query_heads, "layers": layers}
 
 
 def default_step(head_dim: int) -> int:

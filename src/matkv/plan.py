@@ -78,11 +78,11 @@ class PlanCase:
 class Footprint:
     """One way to hold the cache; the bytes of tokens kept exact are among those of the cache.
 
-    `staying_bytes` of `cache_bytes` are of layers with a sliding window, which stay as they are;
-    `bases_bytes` are the maps that compression adds to the weights; `token_bytes` what each further
-    token of one sequence adds. `largest_batch` fits at the planned context, `largest_context` at
-    the planned batch; both None without a memory, and 0 where not even one fits. `decode_ms` is the
-    time of reading weights, maps and cache once.
+    `staying_bytes` of `cache_bytes` are of layers that stay as they are; `bases_bytes` are the maps
+    that compression adds to the weights; `token_bytes` what each further token of one sequence adds
+    where all sliding windows are full. `largest_batch` fits at the planned context,
+    `largest_context` at the planned batch; both None without a memory, and 0 where not even one
+    fits. `decode_ms` is the time of reading weights, maps and cache once.
     """
 
     cache_bytes: int
@@ -100,14 +100,14 @@ class Footprint:
 class Plan:
     """Footprints of the full and the compressed cache of one model.
 
-    `layers` are all of its layers, `growing_layers` those that a budget is of. `sink` and `recent`
-    are the tokens that the compressed cache keeps exact.
+    `layers` are all of its layers, `compressed_layers` those that a budget is of. `sink` and
+    `recent` are the tokens that the compressed cache keeps exact.
     A mixture of experts reads fewer weights a step than `weight_bytes`: its `decode_ms` is high.
     """
 
     model_type: str
     layers: int
-    growing_layers: int
+    compressed_layers: int
     parameters: int
     weight_bytes: int
     dtype: str
@@ -152,7 +152,7 @@ def plan(
     return Plan(
         model_type=config.model_type,
         layers=len(geometry.layers),
-        growing_layers=len(geometry.growing),
+        compressed_layers=len(geometry.compressed),
         parameters=parameters,
         weight_bytes=weights,
         dtype=str(dtype).removeprefix("torch."),
@@ -196,20 +196,14 @@ class _Held:
             context, self.dtype, batch=batch, sink=self.sink, recent=self.recent
         )
 
-    def staying(self, batch: int, context: int) -> int:
-        """Those of layers with a sliding window."""
-        full = RankTable.full(self.table.geometry)
-        growing = batch * context * full.bytes_per_token(self.dtype)
-        return full.nbytes(context, self.dtype, batch=batch) - growing
-
 
 def _footprint(case: PlanCase, held: _Held, weights: int, bases: int) -> Footprint:
     free = None if case.memory is None else case.memory - weights - bases
     cache = held.nbytes(case.batch, case.context)
     return Footprint(
         cache_bytes=cache,
-        staying_bytes=held.staying(case.batch, case.context),
-        token_bytes=held.table.bytes_per_token(held.dtype),
+        staying_bytes=held.table.staying_nbytes(case.context, held.dtype, batch=case.batch),
+        token_bytes=held.table.added_bytes(held.dtype),
         bases_bytes=bases,
         total_bytes=weights + bases + cache,
         fits=None if free is None else cache <= free,

@@ -1,7 +1,8 @@
 """Rank tables: which columns every layer, side and KV head keeps, at how many bits, and the bytes.
 
-A layer either grows with the context, and is compressed, or has a sliding window, and stays at full
-width. The budget is a fraction of the bytes that grow; `RankTable.nbytes` and `held` count both.
+A layer either keeps every token or has a sliding window. Those with a short window stay at full
+width, all others are compressed. The budget is a fraction of the bytes of one token in the
+compressed ones; `RankTable.nbytes` and `held` count all layers, and what their windows hold.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, Field
 from matkv.codes import Bands, has_codes, plain_bands, row_bytes
 from matkv.errors import BudgetError, RankError
 from matkv.files import digest
+from matkv.geometry import LEAST_WINDOW as LEAST_WINDOW
 from matkv.geometry import Geometry as Geometry
 from matkv.geometry import LayerShape as LayerShape
 from matkv.geometry import default_step as default_step
@@ -36,7 +38,7 @@ HALF = 2  # bytes of one number of a full cache, as far as budgets are concerned
 class RankTable:
     """Ranks of every layer, side and KV head: `key[layer][head]`, `value[layer][head]`.
 
-    Layers with a sliding window are listed at their full head dim. Zero is a rank: key rank zero
+    Layers that are not compressed are listed at their full head dim. Zero is a rank: key rank zero
     attends evenly to all visible tokens, value rank zero makes the head's output zero.
 
     `coded` holds the bands of heads with columns kept as codes (`matkv.codes`); a rank is their
@@ -71,9 +73,9 @@ class RankTable:
     def _check_bands(self, cell: Cell, bands: Bands) -> None:
         layer, side, head = cell
         where = f"{side} bands of layer {layer}, head {head}"
-        is_cell = side in SIDES and layer in self.geometry.growing
+        is_cell = side in SIDES and layer in self.geometry.compressed
         if not is_cell or not 0 <= head < self.geometry.layers[layer].kv_heads:
-            raise RankError(f"{where}: there is no such head that grows")
+            raise RankError(f"{where}: there is no such head that is compressed")
         if len(bands) != 4 or not all(type(one) is int and one >= 0 for one in bands):
             raise RankError(f"{where}: {bands!r} must be columns at 16, 8, 4 and 2 bits")
         rank = self.side(side)[layer][head]
@@ -141,9 +143,9 @@ class RankTable:
 
     # ---- arithmetic: nobody else counts the bytes of a cache
 
-    def growing_ranks(self) -> Iterator[tuple[int, Side, int, int]]:
-        """(layer, side, head, rank) of every rank in a layer that grows."""
-        for layer in self.geometry.growing:
+    def compressed_ranks(self) -> Iterator[tuple[int, Side, int, int]]:
+        """(layer, side, head, rank) of every rank in a compressed layer."""
+        for layer in self.geometry.compressed:
             for side in SIDES:
                 for head, rank in enumerate(self.side(side)[layer]):
                     yield layer, side, head, rank
@@ -165,16 +167,16 @@ class RankTable:
 
     @property
     def columns(self) -> int:
-        """Columns that are kept, at whatever width, of all layers that grow."""
-        return sum(rank for *_, rank in self.growing_ranks())
+        """Columns that are kept, at whatever width, of all compressed layers."""
+        return sum(rank for *_, rank in self.compressed_ranks())
 
     @property
     def budget(self) -> float:
-        """Kept bytes over full bytes in a dtype of 16 bits, of the layers that grow."""
+        """Kept over full bytes of a token in a dtype of 16 bits, of the compressed layers."""
         return self._row_bytes(HALF) / (HALF * self.geometry.columns)
 
     def share(self, side: Side) -> float:
-        """Kept over full bytes in a dtype of 16 bits, of one side of the layers that grow."""
+        """`budget` of one side alone."""
         return self._row_bytes(HALF, (side,)) / self.geometry.columns
 
     def held(self, tokens: int, *, sink: int = 0, recent: int = 0) -> float:
@@ -186,8 +188,16 @@ class RankTable:
         return self.nbytes(tokens, torch.float16, sink=sink, recent=recent) / full
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that one more token of one sequence adds to the cache."""
+        """Bytes of one token of one sequence in the compressed layers.
+
+        So much is added by one more, up to the length of the shortest sliding window.
+        """
         return self._row_bytes(dtype.itemsize)
+
+    def added_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that one more token of one sequence adds where all sliding windows are full."""
+        layers = [i for i in self.geometry.compressed if self.geometry.layers[i].window is None]
+        return sum(self._layer_bytes(layer, dtype.itemsize) for layer in layers)
 
     def heads_bytes(self, layer: int, heads: Iterable[int], dtype: torch.dtype) -> int:
         """Bytes of one token of some heads of a layer, keys and values."""
@@ -199,24 +209,30 @@ class RankTable:
     ) -> int:
         """Bytes the cache holds for `batch` sequences of `tokens` tokens each.
 
-        Full width have the first `sink` and the last `recent` tokens, and the last window - 1 of a
-        layer with a sliding window, as transformers has them.
+        A layer with a sliding window holds its last window - 1 tokens. Full width have the first
+        `sink` tokens while they are held, the last `recent` ones, and all of layers that are not
+        compressed.
         """
-        exact = min(tokens, sink + recent)
-        total = (tokens - exact) * self._row_bytes(dtype.itemsize)
-        for shape in self.geometry.layers:
-            held = exact if shape.window is None else min(tokens, shape.window - 1)
-            total += held * shape.columns * dtype.itemsize
+        total = 0
+        for layer, shape in enumerate(self.geometry.layers):
+            held = exact = shape.held(tokens)
+            if shape.is_compressed:
+                exact = min(held, max(0, sink - (tokens - held)) + recent)
+                total += (held - exact) * self._layer_bytes(layer, dtype.itemsize)
+            total += exact * shape.columns * dtype.itemsize
         return total * batch
 
+    def staying_nbytes(self, tokens: int, dtype: torch.dtype, *, batch: int = 1) -> int:
+        """`nbytes` of the layers that are not compressed."""
+        shapes = [shape for shape in self.geometry.layers if not shape.is_compressed]
+        return batch * sum(s.held(tokens) * s.columns for s in shapes) * dtype.itemsize
+
     def _row_bytes(self, itemsize: int, sides: tuple[Side, ...] = SIDES) -> int:
-        """Bytes of one token in the layers that grow."""
-        return sum(
-            row_bytes(bands, itemsize)
-            for layer in self.geometry.growing
-            for side in sides
-            for bands in self.bands(layer, side)
-        )
+        """Bytes of one token in the compressed layers."""
+        return sum(self._layer_bytes(layer, itemsize, sides) for layer in self.geometry.compressed)
+
+    def _layer_bytes(self, layer: int, itemsize: int, sides: tuple[Side, ...] = SIDES) -> int:
+        return sum(row_bytes(one, itemsize) for side in sides for one in self.bands(layer, side))
 
     @property
     def digest(self) -> str:
@@ -272,9 +288,9 @@ Budget = Annotated[float, Field(allow_inf_nan=True), AfterValidator(check_budget
 def _uniform_rank(shape: LayerShape, budget: float, step: int | None) -> int:
     check_budget(budget)
     step = default_step(shape.head_dim) if step is None else step
-    if not 1 <= step <= shape.head_dim and shape.grows:
+    if not 1 <= step <= shape.head_dim and shape.is_compressed:
         raise RankError(f"step {step} must be in 1..{shape.head_dim}, the head dim")
-    if not shape.grows or budget == 1:
+    if not shape.is_compressed or budget == 1:
         return shape.head_dim
     rank = whole_grains(budget, shape.head_dim, step) * step
     if rank == 0:
@@ -292,7 +308,7 @@ def _check_layer(side: Side, index: int, ranks: LayerRanks, shape: LayerShape) -
     for rank in ranks:
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= shape.head_dim:
             raise RankError(f"{where}: rank {rank!r} must be a whole number in 0..{shape.head_dim}")
-    if not shape.grows and set(ranks) != {shape.head_dim}:
+    if not shape.is_compressed and set(ranks) != {shape.head_dim}:
         raise RankError(
             f"{where}: {ranks} given, but a layer with a sliding window stays at {shape.head_dim}"
         )

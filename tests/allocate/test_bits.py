@@ -29,7 +29,7 @@ def damage() -> dict[Cell, Tensor]:
         (layer, side, head): torch.rand(8, 1, generator=generator).double().exp2()
         * torch.logspace(0, -3, 8, dtype=torch.float64)[:, None]
         * ERRORS
-        for layer in GEOMETRY.growing
+        for layer in GEOMETRY.compressed
         for side in SIDES
         for head in range(2)
     }
@@ -62,7 +62,7 @@ def test_a_table_holds_its_budget_and_wastes_little(damage: dict[Cell, Tensor]) 
 def test_tables_are_nested(damage: dict[Cell, Tensor]) -> None:
     tables = list(line(damage).tables((0.9, 0.6, 0.4, 0.3, 0.2, 0.12, 0.05)).values())
     for larger, smaller in pairwise(tables):
-        for layer in GEOMETRY.growing:
+        for layer in GEOMETRY.compressed:
             for side in SIDES:
                 pairs = zip(larger.bands(layer, side), smaller.bands(layer, side), strict=True)
                 for wide, narrow in pairs:
@@ -83,7 +83,7 @@ def test_constraints_hold(damage: dict[Cell, Tensor]) -> None:
         for layer in (0, 3):
             assert all(sum(b) == 8 and b[3] == 0 for b in table.bands(layer, side))
     equal = line(damage, equal_heads=True, equal_sides=True, max_rank=6).table(0.2)
-    for layer in GEOMETRY.growing:
+    for layer in GEOMETRY.compressed:
         (one,) = {bands for side in SIDES for bands in equal.bands(layer, side)}
         assert sum(one) <= 6
     low = line(damage, min_rank=3).table(0.14)
@@ -96,7 +96,7 @@ def test_a_budget_below_the_constraints_is_refused(damage: dict[Cell, Tensor]) -
     with pytest.raises(BudgetError, match="smallest that the constraints allow"):
         line(damage, min_rank=8).table(0.1)
     with pytest.raises(RankError, match="leave no rank"):
-        line(damage, protected=GEOMETRY.growing)
+        line(damage, protected=GEOMETRY.compressed)
 
 
 def test_what_dropping_costs_more_is_dropped_later(damage: dict[Cell, Tensor]) -> None:

@@ -23,7 +23,7 @@ def searched(constraints: Constraints) -> Descent:
 
 
 def spread(table: RankTable) -> float:
-    ranks = [rank for *_, rank in table.growing_ranks()]
+    ranks = [rank for *_, rank in table.compressed_ranks()]
     return sum((rank - sum(ranks) / len(ranks)) ** 2 for rank in ranks)
 
 

@@ -52,7 +52,7 @@ def test_padding_counts_for_nothing(llama: Tiny) -> None:
     subject = replace(llama.artifact, sink=2)
     padded, _ = measure_noise(llama.model, subject, [text_of(llama, [batch])], seed=1)
     plain, _ = measure_noise(llama.model, subject, [text_of(llama, alone)], seed=1)
-    for layer in llama.geometry.growing:
+    for layer in llama.geometry.compressed:
         for side in SIDES:
             one, other = padded.quantizer(layer, side), plain.quantizer(layer, side)
             torch.testing.assert_close(one.scale_GD, other.scale_GD, rtol=1e-4, atol=1e-6)

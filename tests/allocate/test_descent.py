@@ -65,7 +65,7 @@ def test_every_table_respects_the_constraints(constraints: Constraints) -> None:
     path = full_path(constraints)
     for count in path.counts():
         table = path.table(count)
-        for layer, _, head, rank in table.growing_ranks():
+        for layer, _, head, rank in table.compressed_ranks():
             key, value = table.key[layer], table.value[layer]
             if layer in constraints.protected:
                 assert rank == 12
@@ -90,7 +90,7 @@ def test_the_budget_is_never_exceeded_and_tables_are_nested(constraints: Constra
         assert table.budget <= percent / 100 + 1e-9
         assert table.budget == pytest.approx(path.budgets()[count])
         if above is not None:
-            pairs = zip(table.growing_ranks(), above.growing_ranks(), strict=True)
+            pairs = zip(table.compressed_ranks(), above.compressed_ranks(), strict=True)
             assert all(now[3] <= before[3] for now, before in pairs)
         above = table
 
@@ -143,7 +143,7 @@ def test_descending_twice_equals_descending_once() -> None:
 
 def test_uniform_tables_have_one_rank() -> None:
     path = uniform_descent(Space.of(GEOMETRY, Constraints(step=3)))
-    ranks = [{rank for *_, rank in path.table(n).growing_ranks()} for n in path.counts()]
+    ranks = [{rank for *_, rank in path.table(n).compressed_ranks()} for n in path.counts()]
     assert ranks == [{12}, {9}, {6}, {3}, {0}]
     assert path.table(path.count_for(0.6)) == RankTable.uniform(GEOMETRY, 0.6, step=3)
 

@@ -31,7 +31,7 @@ def test_greedy_is_the_papers_algorithm(llama: Tiny) -> None:
 
 
 def places(table: RankTable) -> list[tuple[int, Any, int]]:
-    return [(layer, side, head) for layer, side, head, rank in table.growing_ranks() if rank]
+    return [(layer, side, head) for layer, side, head, rank in table.compressed_ranks() if rank]
 
 
 def lowered(table: RankTable, layer: int, side: Any, head: int, step: int) -> RankTable:

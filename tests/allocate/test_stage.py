@@ -40,7 +40,7 @@ def test_tables_hold_their_budgets_and_are_nested(gemma3: Tiny, method: Any, ste
     tables = [made.tables[budget] for budget in budgets]
     for budget, table, smaller in zip(budgets, tables, [*tables[1:], tables[-1]], strict=True):
         assert table.budget <= budget
-        pairs = zip(table.growing_ranks(), smaller.growing_ranks(), strict=True)
+        pairs = zip(table.compressed_ranks(), smaller.compressed_ranks(), strict=True)
         assert all(2 <= below[3] <= above[3] for above, below in pairs)
 
 
@@ -96,7 +96,7 @@ def test_no_head_gets_a_rank_that_training_never_drew(llama: Tiny) -> None:
     config = AllocateConfig(**SMALL, budgets=(0.5,), constraints=Constraints(step=4))
     for artifact, lowest in ((llama.artifact, 0), (trained, 4)):
         found = allocate(llama.model, artifact, BATCHES, config)
-        ranks = [rank for *_, rank in found.tables[0.5].growing_ranks()]
+        ranks = [rank for *_, rank in found.tables[0.5].compressed_ranks()]
         assert min(ranks) == lowest
         assert found.history[-1]["constraints"]["min_rank"] == lowest
 

@@ -253,7 +253,7 @@ def test_an_artifact_of_another_model_is_refused() -> None:
     with pytest.raises(FingerprintError, match="weights differ"):
         artifact.check(GEOMETRY, (0.25, -1.5))
     other = Geometry(query_heads=4, layers=GEOMETRY.layers[1:])
-    with pytest.raises(FingerprintError, match=r"3 layers, 2 of them growing.*this model has 2"):
+    with pytest.raises(FingerprintError, match=r"3 layers, 2 of them compressed.*this model has 2"):
         artifact.check(other, artifact.fingerprint)
 
 

@@ -107,7 +107,7 @@ def test_an_artifact_is_shown_in_a_few_lines() -> None:
     assert len(shown.splitlines()) <= 4 and max(map(len, shown.splitlines())) <= 110
     for words in (
         "somebody/some-model",
-        "3 layers, 2 of them growing",
+        "3 layers, 2 of them compressed",
         "made by calibrate",
         "rank 2 in 1 linear maps",
         "50%, 33.33%",

@@ -72,7 +72,7 @@ def same_next_logits(subject: Tiny, one: Any, other: Any, batch: int) -> bool:
 
 @EXACT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma3_rings"])
 @pytest.mark.parametrize("kind", [tiny, coded])
 def test_bytes_are_those_the_rank_table_promises(
     kind: Callable[[str], Tiny], name: str, dtype: torch.dtype, sink: int, recent: int

@@ -59,7 +59,7 @@ def test_a_table_side_by_side(home: Path, matkv: Program) -> None:
     assert re.findall("yes|no", rows["fits in 20.0 MB"]) == ["no", "yes"]
     assert "decoding step at 3.35 TB/s, H100 SXM" in ended.out
     assert "budget 50.0%" in ended.out
-    assert "all 2 layers grow with the context: the budget is of all bytes" in ended.out
+    assert "the budget is of all 2 layers; held are 50.0% of the whole cache's bytes" in ended.out
 
 
 def test_layers_that_stay_are_counted_and_said(tmp_path: Path, matkv: Program) -> None:
@@ -68,7 +68,7 @@ def test_layers_that_stay_are_counted_and_said(tmp_path: Path, matkv: Program) -
     config.save_pretrained(tmp_path)
     asked: list[Word] = ["plan", tmp_path, "--context", 100, "--bandwidth", "50G"]
     plan = matkv(*asked, "--json").json()
-    assert (plan["layers"], plan["growing_layers"]) == (4, 2)
+    assert (plan["layers"], plan["compressed_layers"]) == (4, 2)
     full, compressed = plan["full"], plan["compressed"]
     stays = 2 * 7 * 2 * 2 * 16 * 4  # 2 layers × 7 tokens × keys and values × 2 heads × 16 × fp32
     assert full["staying_bytes"] == compressed["staying_bytes"] == stays
@@ -76,7 +76,8 @@ def test_layers_that_stay_are_counted_and_said(tmp_path: Path, matkv: Program) -
     share = compressed["cache_bytes"] / full["cache_bytes"]
     page = matkv(*asked).out
     assert "2 of 4 layers have a sliding window and stay as they are" in page
-    assert f"50.0% of what grows is {share:.1%} of all bytes" in " ".join(page.split())
+    said = f"50.0% of the others is {share:.1%} of the whole cache's bytes"
+    assert said in " ".join(page.split())
     assert "decoding step at 50.0 GB/s " in page
 
 

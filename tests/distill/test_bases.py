@@ -54,7 +54,7 @@ def test_axes_and_sizes_have_one_order(mixed: Artifact) -> None:
         "2.key.0",
     ]
     by_name = dict(zip((axis.name for axis in axes), sizes_of(table), strict=True))
-    for layer, side, head, rank in table.growing_ranks():
+    for layer, side, head, rank in table.compressed_ranks():
         assert by_name[f"{layer}.{side}.{head}"] == rank
     assert {axis.size for axis in axes} == {8, 12} and {axis.grain for axis in axes} == {3}
 

@@ -63,7 +63,9 @@ def learn(folder: Path) -> Found:
         checkpoints=checkpoints,
         on_progress=keep,
     )
-    bases = [made.maps(layer, side).encode_XDD for layer in made.geometry.growing for side in SIDES]
+    bases = [
+        made.maps(layer, side).encode_XDD for layer in made.geometry.compressed for side in SIDES
+    ]
     return {"losses": losses, "bases": torch.stack(bases)}
 
 

@@ -40,7 +40,7 @@ def output_of(subject: Tiny, layer: int, ids_BT: Tensor, handler: Any) -> Tensor
 
 @pytest.mark.parametrize("recent", [0, 4])
 def test_the_loss_is_the_relative_error_of_the_layers_output(family: Tiny, recent: int) -> None:
-    layer = family.geometry.growing[0]
+    layer = family.geometry.compressed[0]
     ids_BT, real = text(3, 12), [12, 9, 12]
     recorder = Recorder()
     rows = zip(ids_BT, real, strict=True)

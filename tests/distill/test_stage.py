@@ -54,7 +54,7 @@ def test_every_parametrization_trains_saves_and_loads(
     config = quick(parametrization=kind, objective="both", lr=3e-2)
     made = distill(llama.model, llama.artifact, text(), config)
     assert Artifact.load(made.save(tmp_path / "run")).history == made.history
-    for layer in made.geometry.growing:
+    for layer in made.geometry.compressed:
         for side in SIDES:
             maps = Artifact.load(tmp_path / "run").maps(layer, side)
             assert not torch.equal(maps.encode_XDD, llama.artifact.maps(layer, side).encode_XDD)

@@ -44,7 +44,7 @@ def test_the_student_attends_as_the_attached_model_does(family: Tiny) -> None:
     full = RankTable.full(artifact.geometry)
     axes = rank_axes(artifact.geometry)
     sizes = Independent(axes).draw(0, torch.Generator().manual_seed(0))[0]
-    cells = [(layer, side, head) for layer, side, head, _ in full.growing_ranks()]
+    cells = [(layer, side, head) for layer, side, head, _ in full.compressed_ranks()]
     table = full.changed(dict(zip(cells, sizes, strict=True)))
     assert sizes_of(table) == sizes
     ids_BT = text(2, 12)

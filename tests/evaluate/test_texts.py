@@ -90,17 +90,19 @@ def test_scores_equal_decoding_through_the_cache(llama: Tiny) -> None:
 
 
 def test_refilled_cache_equals_a_read_one(family: Tiny) -> None:
-    tokens_T = tokens(1, 21)[0]
+    # What the window of a compressed layer has passed cannot fill it.
+    count = min((shape.held(21) for shape in family.geometry.layers if shape.ring), default=21)
+    tokens_T = tokens(1, count)[0]
     states = full_states(family.model, tokens_T)
     family.attach(ranks=family.ragged(1))
     read = new_cache(family.model)
     table = family.ragged(1)
     refilled = refill(family.model, states)
-    assert refilled.used_nbytes == table.nbytes(21, torch.float32)  # type: ignore[attr-defined]
+    assert refilled.used_nbytes == table.nbytes(count, torch.float32)  # type: ignore[attr-defined]
     with torch.no_grad():
         family.model(tokens_T[None], past_key_values=read)
     assert storage_nbytes(refilled) >= refilled.used_nbytes  # type: ignore[attr-defined]
-    if all(shape.grows for shape in family.geometry.layers):
+    if all(shape.is_compressed for shape in family.geometry.layers):
         assert storage_nbytes(read) == storage_nbytes(refilled)
 
 

@@ -222,7 +222,7 @@ def test_a_negative_number_of_exact_tokens_is_refused(llama: Tiny, options: Any)
 def test_an_artifact_of_another_model_is_refused(llama: Tiny) -> None:
     with pytest.raises(FingerprintError, match="weights differ"):
         matkv.attach(build("llama", seed=1), llama.artifact, 0.5)
-    with pytest.raises(FingerprintError, match="this model has 4 layers, 2 of them growing"):
+    with pytest.raises(FingerprintError, match="this model has 4 layers, 2 of them compressed"):
         matkv.attach(tiny("gemma3").model, llama.artifact, 0.5)
     matkv.attach(build("llama"), llama.artifact, 0.5)
 
@@ -377,7 +377,7 @@ def test_an_empty_dynamic_cache_turns_latent(gemma3: Tiny) -> None:
         logits = stepwise(model, ids, (7, 5), cache)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         latent = [n for n, layer in enumerate(cache.layers) if isinstance(layer, LatentLayer)]
-        assert tuple(latent) == gemma3.geometry.growing
+        assert tuple(latent) == gemma3.geometry.compressed
 
 
 def test_a_cache_that_holds_full_keys_is_refused(gemma3: Tiny) -> None:

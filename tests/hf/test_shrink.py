@@ -25,7 +25,7 @@ def with_tables(name: str) -> Coded:
     subject = coded(name)
     damage = {}
     generator = torch.Generator().manual_seed(0)
-    for layer in subject.geometry.growing:
+    for layer in subject.geometry.compressed:
         shape = subject.geometry.layers[layer]
         for side in SIDES:
             for head in range(shape.kv_heads):
@@ -38,7 +38,7 @@ def with_tables(name: str) -> Coded:
     return Coded(subject.model, artifact)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma3_rings", "qwen3"])
 @pytest.mark.parametrize(("sink", "recent"), [(0, 0), (2, 3)])
 @pytest.mark.parametrize(("start", "end"), [(1.0, 0.6), (1.0, 0.25), (0.6, 0.4), (0.4, 0.15)])
 @torch.no_grad()

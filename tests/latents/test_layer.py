@@ -139,7 +139,7 @@ def test_gates_may_differ_between_sequences() -> None:
 def test_its_bytes_are_those_of_its_buffers(gemma3: Tiny, seed: int, dtype: torch.dtype) -> None:
     table, artifact = gemma3.ragged(seed), gemma3.artifact
     held = 0
-    for layer in artifact.geometry.growing:
+    for layer in artifact.geometry.compressed:
         key, value = (artifact.maps(layer, side) for side in SIDES)
         projection = LayerProjection(key, value, table.key[layer], table.value[layer]).to(dtype)
         held += sum(buffer.untyped_storage().nbytes() for buffer in projection.buffers())

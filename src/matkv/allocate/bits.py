@@ -130,8 +130,8 @@ def _unit_bits(
     damage_DW = torch.stack([damage[cell].double() for cell in unit.cells]).sum(0)
     damage_KW = torch.stack([part.sum(0) for part in damage_DW.split(grain)])
     damage_KW[:, CHOICES.index(0)] *= dropping
-    growing = geometry.growing
-    is_edge = unit.layer in (growing[0], growing[-1])
+    compressed = geometry.compressed
+    is_edge = unit.layer in (compressed[0], compressed[-1])
     for index, width in enumerate(CHOICES):
         if width not in widths or (is_edge and width < constraints.edge_bits):
             damage_KW[:, index] = FORBIDDEN

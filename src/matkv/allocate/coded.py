@@ -75,7 +75,7 @@ def smallest_with_codes(geometry: Geometry, config: AllocateConfig) -> float:
     """The smallest budget that the constraints allow."""
     nothing = {
         (layer, side, head): torch.zeros(dim, len(CHOICES))
-        for layer, side, head, dim in RankTable.full(geometry).growing_ranks()
+        for layer, side, head, dim in RankTable.full(geometry).compressed_ranks()
     }
     return Waterline(geometry, nothing, config.constraints, config.widths).at(1.0).budget
 

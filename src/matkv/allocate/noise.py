@@ -70,7 +70,7 @@ def measure_noise(
     all fit the same quantizers.
     """
     traces: dict[tuple[int, Side], Trace] = {}
-    for layer in artifact.geometry.growing:
+    for layer in artifact.geometry.compressed:
         for side in SIDES:
             maps = artifact.maps(layer, side).changed(lambda x: x.to(model.device))
             traces[layer, side] = Trace(maps.encode_XDD, maps.decode_XDD)
@@ -78,7 +78,7 @@ def measure_noise(
     far = Projected(artifact.recent, artifact.sink)
     handlers = {
         layer: Traced(traces[layer, "key"], traces[layer, "value"], far)
-        for layer in artifact.geometry.growing
+        for layer in artifact.geometry.compressed
     }
     with tracing(model, handlers), frozen(model):
         for done, text in enumerate(texts, 1):

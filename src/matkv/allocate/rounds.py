@@ -169,7 +169,7 @@ def gated_projections(model: PreTrainedModel, artifact: Artifact) -> Gated:
     """A gate on every column of the artifact's bases, where the model's layers are."""
     modules = attention_modules(model)
     gated = {}
-    for layer in artifact.geometry.growing:
+    for layer in artifact.geometry.compressed:
         move = partial(Tensor.to, device=device_of(modules[layer]))
         maps = {side: artifact.maps(layer, side).changed(move) for side in SIDES}
         quantizers: dict[Side, Quantizer] = {}

@@ -42,7 +42,7 @@ class Space:
 
     @classmethod
     def of(cls, geometry: Geometry, constraints: Constraints) -> Space:
-        """Units of every growing layer that is not protected.
+        """Units of every compressed layer that is not protected.
 
         Raises:
             RankError: a protected layer does not exist, or the limits leave no rank.
@@ -81,16 +81,18 @@ class Space:
 
 
 def units_of(geometry: Geometry, constraints: Constraints) -> tuple[Unit, ...]:
-    """The heads that go together, of every growing layer that is not protected.
+    """The heads that go together, of every compressed layer that is not protected.
 
     Raises:
         RankError: a protected layer does not exist, all are, or the limits leave no rank.
     """
-    growing, units = geometry.growing, []
+    compressed, units = geometry.compressed, []
     for layer in constraints.protected:
-        if layer not in growing:
-            raise RankError(f"protected layer {layer} is not among the growing layers {growing}")
-    for layer in sorted(set(growing) - set(constraints.protected)):
+        if layer not in compressed:
+            raise RankError(
+                f"protected layer {layer} is not among the compressed layers {compressed}"
+            )
+    for layer in sorted(set(compressed) - set(constraints.protected)):
         shape = geometry.layers[layer]
         ladder = constraints.ladder(
             shape.head_dim, constraints.step or default_step(shape.head_dim)

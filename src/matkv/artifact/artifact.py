@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Artifact:
-    """Bases for every growing layer of one model, and rank tables by budget.
+    """Bases for every compressed layer of one model, and rank tables by budget.
 
     `bases[layer][side]` holds the maps; `tables` what a search found, by budget; `sink` and
     `recent` the number of first and last tokens to keep exact; `history` one entry per stage that
@@ -150,7 +150,7 @@ class Artifact:
         Raises:
             FingerprintError: its geometry is another.
         """
-        if geometry != self.geometry:
+        if geometry.without_rings() != self.geometry.without_rings():
             raise FingerprintError(
                 f"the artifact was made for {self._model} ({_describe(self.geometry)}), this "
                 f"model has {_describe(geometry)}: load that model, or calibrate this one"
@@ -310,4 +310,4 @@ def _close(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
 def _describe(geometry: Geometry) -> str:
     shapes = sorted({(s.kv_heads, s.head_dim) for s in geometry.layers})
     heads = ", ".join(f"{heads} KV heads × {dim}" for heads, dim in shapes)
-    return f"{len(geometry.layers)} layers, {len(geometry.growing)} of them growing, {heads}"
+    return f"{len(geometry.layers)} layers, {len(geometry.compressed)} of them compressed, {heads}"

@@ -41,7 +41,7 @@ def _is_ours(directory: Path) -> bool:
 
 
 def read_bases(path: Path, geometry: Geometry, sha256: str) -> dict[int, dict[Side, SideBases]]:
-    """The bases of every growing layer.
+    """The bases of every compressed layer.
 
     Raises:
         ArtifactError: the file is missing, or its checksum is not `sha256`.
@@ -60,7 +60,7 @@ def read_bases(path: Path, geometry: Geometry, sha256: str) -> dict[int, dict[Si
         raise damaged(path, error) from None
     return {
         layer: {side: _read_side(tensors, geometry, layer, side) for side in SIDES}
-        for layer in geometry.growing
+        for layer in geometry.compressed
     }
 
 

@@ -88,15 +88,16 @@ def near_mask(
         _distance(exact, query_Q, place_T) < exact.reach
     )
     if mask is None:
-        sinks_BQS = sink_BS[:, None] <= query_Q[:, None]
+        sinks_BQS = (sink_BS[:, None] <= query_Q[:, None]) & (sink_BS >= 0)[:, None]
         near_BQT = near_BQT & (place_T <= query_Q[:, None])
     else:
-        sinks_BQS = (sink_BS < exact.tokens)[:, None].expand(-1, len(query_Q), -1)
+        is_there_BS = (sink_BS >= 0) & (sink_BS < exact.tokens)
+        sinks_BQS = is_there_BS[:, None].expand(-1, len(query_Q), -1)
     batch = max(len(sinks_BQS), len(near_BQT), 1 if mask is None else len(mask))
     reads_BQC = torch.cat([x.expand(batch, -1, -1) for x in (sinks_BQS, near_BQT)], dim=-1)
     if mask is None:
         return additive(reads_BQC[:, None], dtype)
-    slots_BQS = sink_BS.clamp_max(exact.tokens - 1)[:, None].expand(batch, len(query_Q), -1)
+    slots_BQS = sink_BS.clamp(0, exact.tokens - 1)[:, None].expand(batch, len(query_Q), -1)
     mask = mask.expand(batch, -1, -1, -1)
     mask = torch.cat((mask.gather(3, slots_BQS[:, None]), mask[..., stretch]), dim=3)
     return additive(mask, dtype, reads_BQC[:, None])
@@ -105,16 +106,19 @@ def near_mask(
 def far_mask(
     exact: Exact, mask: Tensor | None, queries: int, rows: int, dtype: torch.dtype
 ) -> Tensor:
-    """Which of `rows` latents, from the slot `sink` on, the last `queries` read.  [B|1 1 Q rows]"""
+    """Which of `rows` latents, from the slot `begin` on, the last `queries` read.
+
+    [B|1 1 Q rows]
+    """
     device = exact.recent_BGKF.device
     query_Q = torch.arange(exact.tokens - queries, exact.tokens, device=device)
-    place_T = torch.arange(exact.sink, exact.sink + rows, device=device)
+    place_T = torch.arange(exact.begin, exact.begin + rows, device=device)
     far_BQT = _after_sinks(exact, place_T)[:, None].expand(-1, queries, -1)
     if mask is None or exact.reach:
         far_BQT = far_BQT & (_distance(exact, query_Q, place_T) >= exact.reach)
     if mask is None:
         return additive(far_BQT[:, None], dtype)
-    given = mask[:, :, -queries:, exact.sink : exact.sink + rows]
+    given = mask[:, :, -queries:, exact.begin : exact.begin + rows]
     return additive(given, dtype, far_BQT[:, None])
 
 

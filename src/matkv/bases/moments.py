@@ -1,6 +1,6 @@
 """Second moments of queries, keys and values, and the ordered bases they give.
 
-Shapes: L growing layer, G KV head, D head dim.
+Shapes: L compressed layer, G KV head, D head dim.
 """
 
 from __future__ import annotations

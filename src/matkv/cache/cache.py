@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
-    DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
@@ -22,7 +21,7 @@ from transformers.cache_utils import (
 
 from matkv.cache.layer import HoldsLatents, LatentLayer, tokens_removed
 from matkv.cache.naming import cache_argument
-from matkv.cache.padding import Starts
+from matkv.cache.seats import Seats
 from matkv.cache.static import StaticLatentLayer
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
@@ -33,8 +32,9 @@ logger = logging.getLogger(__name__)
 class LatentCache(DynamicCache):
     """A cache of latents for an attached model, to generate with.
 
-    Layers with a sliding window keep transformers' own layer at full width. `max_cache_len`
-    reserves room for that many tokens at the first one, so that the buffers never grow.
+    Layers with a sliding window that are not compressed keep transformers' own layer at full width.
+    `max_cache_len` reserves room for that many tokens at the first one, so that the buffers never
+    grow.
 
     Raises:
         CacheError: the model is not attached.
@@ -93,8 +93,10 @@ class LatentCache(DynamicCache):
 class StaticLatentCache(Cache):
     """A cache of latents for an attached model with room for `max_cache_len` tokens, for good.
 
-    Layers with a sliding window are transformers' own static ones, at full width. Where the model
-    keeps recent tokens exact, room is made for `rollback` more of them: so many can be cropped.
+    Layers with a sliding window that are not compressed are transformers' own static ones, at full
+    width; those that are have room for as many tokens as all others, and what is before the window
+    is hidden. Where the model keeps recent tokens exact, room is made for `rollback` more of them:
+    so many can be cropped.
 
     Raises:
         CacheError: the model is not attached, or a number is not positive.
@@ -147,11 +149,25 @@ def new_cache(model: nn.Module) -> Cache:
 
 @torch.no_grad()
 def refill(model: nn.Module, states: Cache) -> Cache:
-    """A cache of the kind the model runs with, holding the full keys and values of `states`."""
+    """A cache of the kind the model runs with, holding the full keys and values of `states`.
+
+    Raises:
+        CacheError: the window of a compressed layer has passed some of them.
+    """
     cache = new_cache(model)
-    for index, layer in enumerate(states.layers):
+    held: list[Any] = states.layers
+    for index, layer in enumerate(held):
         keys, values = _layer_tensors(layer)
         cache.update(keys, values, index)
+        length = layer.get_seq_length()
+        filled: Any = cache.layers[index]
+        if isinstance(filled, DynamicSlidingWindowLayer):
+            filled.cumulative_length = length
+        elif filled.get_seq_length() != length:
+            raise CacheError(
+                f"layer {index} has a sliding window, and holds {keys.shape[2]} of {length} "
+                "tokens: let the attached model read them itself"
+            )
     return cache
 
 
@@ -182,43 +198,30 @@ def use_latents(
     projections = attached_projections(model)
     if not projections:
         raise CacheError("the model has no bases: call matkv.attach(model, artifact, budget) first")
-    layers = getattr(cache, "layers", [])
+    layers: list[Any] = getattr(cache, "layers", [])
     lazy = getattr(cache, "layer_class_to_replicate", None)
     if lazy is not None:  # a DynamicCache() starts empty
         layers = layers + [lazy() for _ in range(len(layers), max(projections) + 1)]
     latent = {index for index, layer in enumerate(layers) if isinstance(layer, HoldsLatents)}
+    room = max((one.max_cache_len for one in layers if isinstance(one, StaticLayer)), default=0)
+    make = Seats(max_cache_len, room, rollback)
     seats: dict[int, Any] = {}
-    starts = Starts()
     for index in sorted(latent | set(projections)):
         layer = layers[index] if index < len(layers) else None
         projection = projections.get(index)
-        if projection is not None and isinstance(layer, HoldsLatents):
-            seats[index] = layer.follow(projection)
-        elif projection is not None and type(layer) is DynamicLayer and not layer.is_initialized:
-            seats[index] = LatentLayer(projection, max_cache_len)
-        elif projection is not None and type(layer) is StaticLayer and not layer.get_seq_length():
-            seats[index] = _static_seat(layer, projection, rollback, starts)
-        else:
+        seat = None if projection is None else make.take(layer, projection)
+        if seat is None:
             raise CacheError(
                 f"layer {index} of the {type(cache).__name__} cannot take latents: pass "
                 "matkv.LatentCache(model), or none, to an attached model"
             )
+        seats[index] = seat
     cache.layers = [seats.get(index, layer) for index, layer in enumerate(layers)]
     if type(cache) is DynamicCache:
         cache.__class__ = LatentCache
     elif type(cache) is StaticCache:
         cache.__class__ = StaticLatentCache  # type: ignore[assignment]
     _warn_once(cache, projections)
-
-
-def _static_seat(
-    layer: StaticLayer, projection: LayerProjection, rollback: int, starts: Starts
-) -> StaticLatentLayer:
-    """A static layer's successor, which has its tensors if the other had."""
-    seat = StaticLatentLayer(projection, layer.max_cache_len, rollback=rollback, starts=starts)
-    if layer.keys is not None and layer.values is not None:
-        seat.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
-    return seat
 
 
 def _is_seated(cache: Cache, model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from matkv.cache.exact import ExactTokens
 from matkv.cache.padding import Padding, Slots
 from matkv.cache.rows import Rows
 from matkv.errors import CacheError
-from matkv.latents.latents import Latents
+from matkv.latents.latents import Exact, Latents
 from matkv.latents.layer import LayerProjection, joined
 from matkv.latents.narrow import narrowed
 
@@ -131,9 +131,13 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
             exact, states_BGTF = self.exact.append(states_BGTF, first, keep_all=self.record_past)
         self.length = first + key_states.shape[2]
         self.rows.append(self.projection.encode_states(states_BGTF))
-        seen = self.length if self.exact is None else self.exact.far(self.length)
-        latents = Latents(self.projection, self.rows.first(seen), exact)
+        latents = self._seen(exact, first)
         return latents, latents
+
+    def _seen(self, exact: Exact | None, first: int) -> Latents:
+        """What the queries in the slots from `first` on read."""
+        seen = self.length if self.exact is None else self.exact.far(self.length)
+        return Latents(self.projection, self.rows.first(seen), exact)
 
     def activate_past_recording(self) -> None:
         """Keep more recent tokens exact until the next `crop`, so that it can roll back."""
@@ -184,7 +188,11 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
         if self.exact is not None:
             self.exact.crop(self.length, removed)
         self.length -= removed
-        self.rows.crop(self.length if self.exact is None else self.exact.between(self.length))
+        self.rows.crop(self._row_count())
+
+    def _row_count(self) -> int:
+        """How many tokens have rows."""
+        return self.length if self.exact is None else self.exact.between(self.length)
 
     def reset(self) -> None:
         """Forget all tokens; the buffers are kept for the next sequence."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -50,11 +49,12 @@ def _lines(artifact: Artifact) -> Iterator[tuple[str, str]]:
     geometry = artifact.geometry
     yield "base model", artifact.base_model or "without a name"
     yield "bases", artifact.digest
-    yield "compressed", _layers(geometry, geometry.growing)
+    yield "compressed", _layers(geometry, geometry.compressed)
     windows = sorted({layer.window for layer in geometry.layers if layer.window is not None})
     for window in windows:
         sliding = [i for i, layer in enumerate(geometry.layers) if layer.window == window]
-        yield "as it is", f"{_layers(geometry, sliding)}, sliding windows of {window:,} tokens"
+        kind = "of these" if geometry.layers[sliding[0]].ring else "as it is"
+        yield kind, f"{_layers(geometry, sliding)}, sliding windows of {window:,} tokens"
     yield "exact", _exact(artifact)
     if artifact.lora is not None:
         maps = len(list(artifact.lora.updates()))
@@ -121,7 +121,7 @@ def _tables(artifact: Artifact) -> Table:
     searches = entries(artifact.history, Allocated)
     checks = {one.budget: one for one in (searches[-1].checks if searches else ())}
     for budget, ranks in sorted(artifact.tables.items(), reverse=True):
-        kept = [rank for *_, rank in ranks.growing_ranks()]
+        kept = [rank for *_, rank in ranks.compressed_ranks()]
         shares = (f"{ranks.share(side):.1%}" for side in SIDES)
         check = checks.get(budget)
         measured = (None, None) if check is None else (check.kl, check.uniform_kl)
@@ -142,7 +142,7 @@ def _bits(table: RankTable) -> str:
         return ""
     spent = [
         bits
-        for layer in table.geometry.growing
+        for layer in table.geometry.compressed
         for side in SIDES
         for bits in table.bits(layer, side)
     ]
@@ -158,7 +158,7 @@ def _as_json(artifact: Artifact) -> dict[str, Any]:
     return {
         "base_model": artifact.base_model,
         "digest": artifact.digest,
-        "geometry": asdict(artifact.geometry),
+        "geometry": artifact.geometry.to_json(),
         "fingerprint": artifact.fingerprint,
         "sink": artifact.sink,
         "recent": artifact.recent,

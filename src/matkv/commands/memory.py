@@ -47,7 +47,7 @@ def attach_setting(model: PreTrainedModel, artifact: Artifact, setting: Setting)
     assert table is not None
     attach(model, artifact, ranks=table, sink=setting.sink, recent=setting.recent)
     smallest = artifact.smallest_trained_rank
-    ranks = [rank for *_, rank in table.growing_ranks()]
+    ranks = [rank for *_, rank in table.compressed_ranks()]
     below = sum(rank < smallest for rank in ranks)
     if below:
         console.err.print(

@@ -86,11 +86,12 @@ def plan_table(made: Plan) -> Group:
 
 def _shares(made: Plan) -> str:
     """Of what the budget is a share, and what that leaves of all bytes."""
-    stays = made.layers - made.growing_layers
-    if not stays:
-        return f"all {made.layers} layers grow with the context: the budget is of all bytes"
+    stays = made.layers - made.compressed_layers
     share = made.compressed.cache_bytes / made.full.cache_bytes
+    of = f"{share:.1%} of the whole cache's bytes"
+    if not stays:
+        return f"the budget is of all {made.layers} layers; held are {of}"
     return (
         f"{stays} of {made.layers} layers have a sliding window and stay as they are: "
-        f"{made.budget:.1%} of what grows is {share:.1%} of all bytes"
+        f"{made.budget:.1%} of the others is {of}"
     )

@@ -186,7 +186,7 @@ def energy_picture(artifact: Artifact, blocks: int = 16) -> Table:
     for side in SIDES:
         table.add_column(f"{side}s", no_wrap=True)
         table.add_column("90% in", justify="right")
-    for layer in artifact.geometry.growing:
+    for layer in artifact.geometry.compressed:
         cells = []
         for side in SIDES:
             energy_D = artifact.bases[layer][side].energy_GD.mean(0)
@@ -239,7 +239,7 @@ def heatmap(table: RankTable) -> Group:
     """
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text("layer", style="dim"), *(Text(f"{side}s", style="bold") for side in SIDES))
-    for layer in table.geometry.growing:
+    for layer in table.geometry.compressed:
         dim = table.geometry.layers[layer].head_dim
         if table.coded:
             cells = [_bit_cells(table.bits(layer, side)) for side in SIDES]

@@ -21,26 +21,27 @@ from matkv.schedule import Axis, Sizes
 
 
 def rank_axes(geometry: Geometry, step: int | None = None) -> tuple[Axis, ...]:
-    """One axis for every growing layer, side and KV head: the X of this file, in order."""
+    """One axis for every compressed layer, side and KV head: the X of this file, in order."""
     return tuple(
         Axis(f"{layer}.{side}.{head}", dim, step or default_step(dim))
-        for layer, side, head, dim in RankTable.full(geometry).growing_ranks()
+        for layer, side, head, dim in RankTable.full(geometry).compressed_ranks()
     )
 
 
 def sizes_of(table: RankTable) -> Sizes:
     """A rank table's ranks in the order of `rank_axes`."""
-    return tuple(rank for *_, rank in table.growing_ranks())
+    return tuple(rank for *_, rank in table.compressed_ranks())
 
 
 class Bases(nn.Module):
-    """The learned maps of all growing layers; those of equal head dim in one tensor."""
+    """The learned maps of all compressed layers; those of equal head dim in one tensor."""
 
     def __init__(self, artifact: Artifact, kind: Parametrization) -> None:
         super().__init__()
+        self.geometry = artifact.geometry
         self.heads = {
             (layer, side): artifact.geometry.layers[layer].kv_heads
-            for layer in artifact.geometry.growing
+            for layer in artifact.geometry.compressed
             for side in SIDES
         }
         self.places: dict[str, list[tuple[int, Side]]] = {}

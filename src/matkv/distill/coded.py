@@ -21,10 +21,10 @@ Place = tuple[int, Side]
 
 
 def level_axes(artifact: Artifact, budgets: Sequence[float]) -> tuple[Axis, ...]:
-    """One axis for every growing layer, side and KV head; level k stands for the k-th budget."""
+    """One axis for every compressed layer, side and KV head; level k stands for the k-th budget."""
     return tuple(
         Axis(f"{layer}.{side}.{head}", len(budgets), 1)
-        for layer, side, head, _ in RankTable.full(artifact.geometry).growing_ranks()
+        for layer, side, head, _ in RankTable.full(artifact.geometry).compressed_ranks()
     )
 
 

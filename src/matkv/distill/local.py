@@ -28,11 +28,12 @@ from matkv.distill.config import DistillConfig
 from matkv.distill.examples import TrainingSet, as_batch
 from matkv.errors import TrainingError
 from matkv.hf.function import Call
-from matkv.hf.geometry import attention_modules, geometry_of
+from matkv.hf.geometry import attention_modules
 from matkv.hf.handlers import OnTruncated
 from matkv.hf.observe import observe
 from matkv.hf.weights import output_projection, weight_of
 from matkv.progress import Interrupt, OnProgress, Report, Spent
+from matkv.ranks import Geometry
 
 # Recorded queries, keys and values of one round stay under this many bytes.
 RECORD_BYTES = 2 << 30
@@ -92,7 +93,7 @@ def fit_locally(
     modules = attention_modules(model)
     report = Report(on_progress, "local", config.local.steps, "steps")
     spent = Spent(0, 0, 0.0)
-    for step, batch in enumerate(_batches(model, data, config), start=1):
+    for step, batch in enumerate(_batches(model, bases.geometry, data, config), start=1):
         loss = _backward(bases, modules, batch, recent)
         if not math.isfinite(loss):
             raise TrainingError(f"the local loss is {loss} at step {step}: lower local_lr")
@@ -110,7 +111,7 @@ def fit_locally(
 
 
 def _batches(
-    model: PreTrainedModel, data: TrainingSet, config: DistillConfig
+    model: PreTrainedModel, geometry: Geometry, data: TrainingSet, config: DistillConfig
 ) -> Iterator[LocalBatch]:
     """Record as many sequences as memory allows, use each `local_reuse` times, and go on."""
     size, step, first = config.local.batch_size, 0, 0
@@ -118,10 +119,10 @@ def _batches(
     generator = torch.Generator().manual_seed(config.seed)
     while step < config.local.steps:
         items = [data.example(first)]
-        room = RECORD_BYTES // (recorded_nbytes(model) * len(items[0]["input_ids"]))
+        room = RECORD_BYTES // (recorded_nbytes(geometry, model.dtype) * len(items[0]["input_ids"]))
         count = max(size, min(wanted, room))
         items += [data.example(first + index) for index in range(1, count)]
-        recorders = {layer: Recorder() for layer in geometry_of(model.config).growing}
+        recorders = {layer: Recorder() for layer in geometry.compressed}
         observe(model, recorders, (item["input_ids"][None] for item in items))
         for _ in range(config.local.reuse):
             order: list[int] = torch.randperm(count, generator=generator).tolist()
@@ -190,9 +191,8 @@ def _stacked(rows: list[Tensor]) -> Tensor:
     return torch.cat([F.pad(row, (0, 0, 0, longest - row.shape[2])) for row in rows])
 
 
-def recorded_nbytes(model: PreTrainedModel) -> int:
+def recorded_nbytes(geometry: Geometry, dtype: torch.dtype) -> int:
     """Bytes of what is recorded of one token."""
-    geometry = geometry_of(model.config)
-    growing = [geometry.layers[layer] for layer in geometry.growing]
-    queries = sum(geometry.query_heads * shape.head_dim for shape in growing)
-    return (queries + geometry.columns) * model.dtype.itemsize
+    compressed = [geometry.layers[layer] for layer in geometry.compressed]
+    queries = sum(geometry.query_heads * shape.head_dim for shape in compressed)
+    return (queries + geometry.columns) * dtype.itemsize

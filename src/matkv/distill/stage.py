@@ -115,7 +115,11 @@ class _Run:
         """
         config, device, local = self.config, self.model.device, self.config.local
         if config.trains_locally:
-            nbytes = local.batch_size * tokens * recorded_nbytes(self.model)
+            nbytes = (
+                local.batch_size
+                * tokens
+                * recorded_nbytes(self.artifact.geometry, self.model.dtype)
+            )
             check_fits(nbytes, device, f"local_batch_size {local.batch_size}", TrainingError)
         if config.trains_end_to_end:
             text = self.model.config.get_text_config(decoder=True)

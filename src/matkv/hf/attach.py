@@ -93,7 +93,7 @@ def _switch(model: PreTrainedModel, attachment: Attachment, *, sink: int, recent
     source = artifact.digest
     decoder.__dict__[ATTACHMENT] = attachment
     attachment.merged = merge(model, artifact.lora)
-    for layer in artifact.geometry.growing:
+    for layer in artifact.geometry.compressed:
         handler = OnLatents(
             artifact.maps(layer, "key"),
             artifact.maps(layer, "value"),
@@ -101,6 +101,7 @@ def _switch(model: PreTrainedModel, attachment: Attachment, *, sink: int, recent
             table.value[layer],
             sink=sink,
             recent=recent,
+            window=artifact.geometry.layers[layer].window,
             source=source,
             coding=layer_coding(table, layer, artifact.quantizer),
         )

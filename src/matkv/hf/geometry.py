@@ -10,11 +10,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from matkv.errors import DataError, UnsupportedModelError
 from matkv.hf.wrappers import decoder_of, model_in
-from matkv.ranks import Geometry, LayerShape
+from matkv.ranks import LEAST_WINDOW, Geometry, LayerShape
 
 
-def geometry_of(config: PreTrainedConfig) -> Geometry:
+def geometry_of(config: PreTrainedConfig, *, windows: bool = True) -> Geometry:
     """The cache geometry of a model, from its config alone.
+
+    With `windows`, layers with a sliding window that is long enough are compressed as well.
 
     Raises:
         UnsupportedModelError: its attention cannot be reproduced on latents.
@@ -35,9 +37,9 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
         raise UnsupportedModelError(f"{name} does not state one number of attention heads")
     layers = [_layer_shape(name, one, layer) for one, layer in zip(own, caches, strict=True)]
     geometry = Geometry(query_heads=query_heads, layers=tuple(layers))
-    if not geometry.growing:
+    if not geometry.without_rings().compressed:
         raise UnsupportedModelError(f"every layer of {name} has a sliding window: nothing grows")
-    return geometry
+    return geometry if windows else geometry.without_rings()
 
 
 def _cache_layers(text: PreTrainedConfig) -> list[Any]:
@@ -65,7 +67,8 @@ def _layer_shape(name: str, config: PreTrainedConfig, layer: Any) -> LayerShape:
         return LayerShape(kv_heads=kv_heads, head_dim=head_dim)
     if type(layer) is DynamicSlidingWindowLayer:
         window = int(layer.sliding_window)
-        return LayerShape(kv_heads=kv_heads, head_dim=head_dim, window=window)
+        ring = window >= LEAST_WINDOW
+        return LayerShape(kv_heads=kv_heads, head_dim=head_dim, window=window, ring=ring)
     raise UnsupportedModelError(f"{name} has cache layers of type {type(layer).__name__}")
 
 

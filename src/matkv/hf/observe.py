@@ -44,9 +44,12 @@ def collect_moments(
     batches: Iterable[Tokens],
     *,
     skip_first: int = 0,
+    windows: bool = True,
     on_progress: OnProgress | None = None,
 ) -> tuple[dict[int, LayerMoments], int]:
-    """Second moments of every growing layer, and the number of tokens they were taken over.
+    """Second moments of every compressed layer, and the number of tokens they were taken over.
+
+    Without `windows` layers with a sliding window are none of them.
 
     Raises:
         DataError: there is no token, or something that is none.
@@ -56,9 +59,9 @@ def collect_moments(
     model = model_in(model)
     if not isinstance(batches, Iterable):
         raise DataError(f"batches are {str(batches)[:40]}: give a list of tensors of token ids")
-    geometry = geometry_of(model.config)
+    geometry = geometry_of(model.config, windows=windows)
     counter = _Counter(skip_first, model.config.get_text_config(decoder=True).vocab_size)
-    recorders = {layer: Recorder(geometry.layers[layer], counter) for layer in geometry.growing}
+    recorders = {layer: Recorder(geometry.layers[layer], counter) for layer in geometry.compressed}
     report = Report(on_progress, "calibrating", None)
 
     def counted() -> Iterator[Batch]:

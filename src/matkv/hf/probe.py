@@ -36,15 +36,15 @@ def check_attends(model: nn.Module) -> None:
     """
     model = model_in(model)
     geometry, modules = geometry_of(model.config), attention_modules(model)
-    growing = {layer: geometry.layers[layer] for layer in geometry.growing}
+    compressed = {layer: geometry.layers[layer] for layer in geometry.compressed}
     plain_1TM = _hidden(
         model,
-        {n: Observed(_Heads(n, shape, geometry.query_heads)) for n, shape in growing.items()},
+        {n: Observed(_Heads(n, shape, geometry.query_heads)) for n, shape in compressed.items()},
         TOKENS,
     )
     on_latents = {
         layer: _full(shape).to(device_of(modules[layer]), model.dtype)
-        for layer, shape in growing.items()
+        for layer, shape in compressed.items()
     }
     try:
         ours_1TM = _hidden(model, on_latents, STEP)
@@ -97,4 +97,4 @@ def _full(shape: LayerShape) -> OnLatents:
     """All coordinates of a layer, as they are."""
     eye_GDD = torch.eye(shape.head_dim).expand(shape.kv_heads, -1, -1)
     maps, ranks = Maps.orthogonal(eye_GDD), (shape.head_dim,) * shape.kv_heads
-    return OnLatents(maps, maps, ranks, ranks)
+    return OnLatents(maps, maps, ranks, ranks, window=shape.window)

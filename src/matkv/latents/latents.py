@@ -5,7 +5,7 @@ C row columns, or exact tokens, F = 2 D, [key | value]."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from torch import Tensor
@@ -53,6 +53,9 @@ class Exact:
     In a padded batch the sinks are in the slots `sink_BS`, and what is before the last of them is
     no token but a sink. Where padding also lies among tokens, `count_BT` counts the tokens up to
     each slot, and a query's last `reach` tokens are among its last `reach + gaps` slots.
+
+    The rows are those from the slot `begin` on. A sink in a slot below zero has left a sliding
+    window, and is not read.
     """
 
     recent_BGKF: Tensor
@@ -62,6 +65,35 @@ class Exact:
     sink_BS: Tensor | None = None
     count_BT: Tensor | None = None
     gaps: int = 0
+    rows_from: int | None = None
+
+    @property
+    def begin(self) -> int:
+        """Slot of the first row: after as many as there are sinks, unless told."""
+        return self.sink if self.rows_from is None else self.rows_from
+
+    def since(self, slot: int, settled: int) -> Exact | None:
+        """What is in the slots from `slot` on, the first of a sliding window; None for nothing.
+
+        From the slot `settled` on there is no sink.
+        """
+        if slot == 0:
+            return self
+        tokens, sink = self.tokens - slot, self.sink
+        is_padded = self.sink_BS is not None and slot < settled
+        gone = 0 if is_padded else min(slot, sink)
+        if gone == sink and not self.reach:
+            return None
+        sink_BS = self.sink_BS - slot if self.sink_BS is not None and is_padded else None
+        return replace(
+            self,
+            recent_BGKF=self.recent_BGKF[:, :, max(0, self.recent_BGKF.shape[2] - tokens) :],
+            sink_BGSF=self.sink_BGSF[:, :, gone:],
+            tokens=tokens,
+            sink_BS=sink_BS,
+            count_BT=None if self.count_BT is None else self.count_BT[:, slot:],
+            rows_from=max(0, sink - slot),
+        )
 
     @property
     def sink(self) -> int:

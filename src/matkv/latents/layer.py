@@ -55,8 +55,9 @@ class LayerProjection(nn.Module):
     `output` [G M D] goes with the last columns, and is zero but for its last value-rank rows.
     `sink` first and `recent` last tokens of a sequence are kept exact. `source` names the bases:
     latents of projections of one source are prefixes of each other, and equal at one `identity`.
-    `coding` says which columns are kept as codes; `coder` makes
-    and reads them. `layout` says where in a row every head's key and value are, see `row_layout`.
+    `window` is the sliding window of a layer that has one. `coding` says which columns are kept as
+    codes; `coder` makes and reads them. `layout` says where in a row every head's key and value
+    are, see `row_layout`.
 
     Raises:
         RankError: the number of ranks or a rank does not fit the maps.
@@ -78,6 +79,7 @@ class LayerProjection(nn.Module):
         *,
         sink: int = 0,
         recent: int = 0,
+        window: int | None = None,
         source: str = "",
         coding: tuple[SideCoding, SideCoding] | None = None,
     ) -> None:
@@ -87,7 +89,7 @@ class LayerProjection(nn.Module):
             if len(ranks) != heads or not all(0 <= rank <= dim for rank in ranks):
                 raise RankError(f"ranks {ranks} do not fit {heads} KV heads of dimension {dim}")
         self.kv_heads, self.head_dim = heads, dim
-        self.sink, self.recent = sink, recent
+        self.sink, self.recent, self.window = sink, recent, window
         bands = _bands(key_ranks, value_ranks, coding)
         self.source, self.identity = source, (source, tuple(bands), sink, recent)
         pairs = list(zip(key_ranks, value_ranks, strict=True))
@@ -244,9 +246,9 @@ def _widths(pairs: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def projections_nbytes(table: RankTable, dtype: torch.dtype) -> int:
-    """Bytes of the buffers of a `LayerProjection` for every growing layer of `table`."""
+    """Bytes of the buffers of a `LayerProjection` for every compressed layer of `table`."""
     total = 0
-    for layer in table.geometry.growing:
+    for layer in table.geometry.compressed:
         shape = table.geometry.layers[layer]
         C, M = _widths(list(zip(table.key[layer], table.value[layer], strict=True)))
         # A head has maps [2D C], [D M] and [M D]; its order and place take 8 bytes, its ranks 4.

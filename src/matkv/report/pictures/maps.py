@@ -78,7 +78,7 @@ def rank_maps(name: str, tables: Mapping[float, RankTable], *, caption: str = ""
         Map(
             title=f"{percents(budget)}\n{side}s {table.share(side):.0%}",
             cells=_fractions(table, side),
-            rows=[str(layer) for layer in table.geometry.growing],
+            rows=[str(layer) for layer in table.geometry.compressed],
         )
         for budget, table in tables.items()
         for side in SIDES
@@ -90,13 +90,13 @@ def rank_maps(name: str, tables: Mapping[float, RankTable], *, caption: str = ""
 
 
 def _fractions(table: RankTable, side: Side) -> list[list[float]]:
-    """Kept share of every growing layer and head; NaN where a layer has fewer heads."""
+    """Kept share of every compressed layer and head; NaN where a layer has fewer heads."""
     shapes = table.geometry.layers
-    heads = max(shapes[layer].kv_heads for layer in table.geometry.growing)
+    heads = max(shapes[layer].kv_heads for layer in table.geometry.compressed)
     return [
         [bits / 16 for bits in table.bits(layer, side)]
         + [math.nan] * (heads - shapes[layer].kv_heads)
-        for layer in table.geometry.growing
+        for layer in table.geometry.compressed
     ]
 
 

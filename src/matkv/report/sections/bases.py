@@ -105,7 +105,7 @@ def _spectra(run: Run, runs: Sequence[Run]) -> Picture:
     shown = []
     for side in SIDES:
         curves = []
-        for layer in run.artifact.geometry.growing:
+        for layer in run.artifact.geometry.compressed:
             energy_D = run.artifact.bases[layer][side].energy_GD.double().mean(0)
             beyond_D = (1 - energy_D.cumsum(0) / energy_D.sum()).clamp(min=0).tolist()
             curves.append([(i + 1.0, rest) for i, rest in enumerate(beyond_D) if rest > 1e-6])
@@ -128,7 +128,7 @@ def _holding(runs: Sequence[Run]) -> Picture:
         for index, run in enumerate(runs):
             points: list[Point] = []
             bounds: list[Point | None] = []
-            for layer in run.artifact.geometry.growing:
+            for layer in run.artifact.geometry.compressed:
                 energy_GD = run.artifact.bases[layer][side].energy_GD.double()
                 reached_GD = energy_GD.cumsum(1) < HELD * energy_GD.sum(1, keepdim=True)
                 counts = (reached_GD.sum(1) + 1).tolist()

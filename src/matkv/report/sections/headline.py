@@ -65,8 +65,8 @@ def headline(runs: Sequence[Run]) -> Headline:
     if choice is None:
         shape = runs[0].artifact.geometry
         sentence = (
-            f"Bases for {len(shape.growing)} layers of {model}. Nothing was measured of them yet: "
-            "each section names the command that fills it."
+            f"Bases for {len(shape.compressed)} layers of {model}. Nothing was measured of them "
+            "yet: each section names the command that fills it."
         )
         return Headline(title=title, sentence=sentence, notes=notes)
     return Headline(

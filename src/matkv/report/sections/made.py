@@ -61,12 +61,12 @@ def _stale(run: Run) -> Block:
 
 def _history(run: Run, runs: Sequence[Run]) -> Iterator[Facts]:
     artifact = run.artifact
-    growing, layers = len(artifact.geometry.growing), len(artifact.geometry.layers)
+    compressed, layers = len(artifact.geometry.compressed), len(artifact.geometry.layers)
     shapes = {(layer.kv_heads, layer.head_dim) for layer in artifact.geometry.layers}
     heads = ", ".join(f"{heads} of dim {dim}" for heads, dim in sorted(shapes))
     items = [
         ("model", run.model),
-        ("layers", f"{layers}, {growing} of them compressed"),
+        ("layers", f"{layers}, {compressed} of them compressed"),
         ("KV heads", f"{heads}; {artifact.geometry.query_heads} query heads"),
         ("bases", run.digest),
     ]
