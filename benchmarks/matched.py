@@ -41,6 +41,7 @@ from peers.protocol import full_bytes_per_token
 SAMPLES = Path(__file__).parent / "samples"
 CALIBRATE_TOKENS = {True: 4096, False: 16_384}
 SIZES = ("windows", "samples", "items")
+QUICK_MINUTES = 18  # after which `--quick` starts nothing new, whatever else the machine does
 MARKS = "<!-- matched -->", "<!-- /matched -->"
 
 
@@ -124,7 +125,7 @@ def measure(options: argparse.Namespace, records: Records) -> None:
         columns=columns,
         records=records,
         training=training(),
-        until=started + 60 * options.minutes if options.minutes else float("inf"),
+        until=started + 60 * minutes_of(options),
     ).measure()
 
 
@@ -132,6 +133,13 @@ def sizes_of(options: argparse.Namespace) -> make.Sizes:
     """How much of everything, as the options say."""
     given = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     return replace(make.QUICK if options.quick else make.FULL, **given)
+
+
+def minutes_of(options: argparse.Namespace) -> float:
+    """How long something new may start."""
+    if options.minutes is not None:
+        return float(options.minutes)
+    return QUICK_MINUTES if options.quick else float("inf")
 
 
 def write(out: Path, records: Records, text: str) -> Picture | None:

@@ -266,10 +266,19 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         Records(file)
 
 
-def test_time_that_is_up_starts_nothing_new(llama: Tiny, tmp_path: Path) -> None:
+def test_time_that_is_up_starts_nothing_new(
+    llama: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = run_of(llama, tmp_path, [text(tmp_path)], until=0.0)
     run.measure()
     assert run.records.cells == {}
+    assert "the time is up" in capsys.readouterr().err
+
+
+def test_quick_ends_in_time_unless_told_otherwise() -> None:
+    asked = [[], ["--quick"], ["--quick", "--minutes", "3"]]
+    found = [matched.minutes_of(matched.parse(one)) for one in asked]
+    assert found == [math.inf, matched.QUICK_MINUTES, 3]
 
 
 def test_a_method_that_fails_says_why(llama: Tiny, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class Run:
             for name in ("quantized", "presses", "shrink"):
                 if time.monotonic() < self.until:
                     self._outside(name, columns)
+        if time.monotonic() >= self.until:
+            print("the time is up: the same command goes on from here", file=sys.stderr)
 
     def _stages(self) -> Iterator[list[Material]]:
         """Columns in the order in which they are measured, texts first."""
