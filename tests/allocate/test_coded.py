@@ -45,6 +45,20 @@ def test_what_no_query_sees_of_a_code_costs_nothing(llama: Tiny) -> None:
         assert all(bool(one.any()) == costs for one in damage.values())
 
 
+def test_damage_at_a_table_is_that_of_the_model_at_it(llama: Tiny) -> None:
+    """What columns are worth where others are dropped, not at the full cache."""
+    text = text_of(llama)
+    artifact, at_full = measure_noise(llama.model, llama.artifact, [text], seed=1)
+    dims = {cell: len(one) for cell, one in at_full.items()}
+    full = matkv.RankTable.banded(llama.geometry, {c: (dim, 0, 0, 0) for c, dim in dims.items()})
+    small = matkv.RankTable.banded(llama.geometry, {c: (0, 0, 0, 4) for c in dims})
+    _, same = measure_noise(llama.model, artifact, [text], seed=1, at=full)
+    _, other = measure_noise(llama.model, artifact, [text], seed=1, at=small)
+    for cell, one in at_full.items():
+        torch.testing.assert_close(same[cell], one, rtol=1e-3, atol=1e-9)
+    assert any(not torch.allclose(other[cell], one, rtol=0.1) for cell, one in at_full.items())
+
+
 def test_padding_counts_for_nothing(llama: Tiny) -> None:
     ids, mask = left_padded([tokens(1, 24, seed=1), tokens(1, 15, seed=2)])
     batch = {"input_ids": ids, "attention_mask": mask}

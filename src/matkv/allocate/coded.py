@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from matkv.allocate.bits import CHOICES, Waterline
@@ -18,7 +20,7 @@ from matkv.artifact.artifact import Artifact
 from matkv.artifact.history import Check
 from matkv.errors import BudgetError
 from matkv.progress import OnProgress
-from matkv.ranks import Geometry, RankTable
+from matkv.ranks import Cell, Geometry, RankTable
 
 # What one search offers unless budgets are given: a curve from half of the bytes to a sixteenth.
 CURVE = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
@@ -27,6 +29,8 @@ DROPPING = (1.0, 2.0, 4.0)
 # Texts whose gradients are taken: more change the tables by less than the texts differ.
 TEXTS = 8
 BISECTIONS = 10
+# Down to this budget what columns are worth is as at the full cache.
+HALF = 0.5
 
 
 def allocate_codes(
@@ -44,9 +48,7 @@ def allocate_codes(
         BudgetError: the constraints allow no table for a budget, or none holds an error limit.
     """
     read = list(texts[:TEXTS])
-    artifact, damage = measure_noise(
-        model, artifact, read, seed=config.seed, on_progress=on_progress
-    )
+    artifact, damage = _damage(model, artifact, read, config, min(budgets), on_progress)
     rounds = Rounds(model, artifact, read, config)
     lines = [
         Waterline(
@@ -69,6 +71,28 @@ def allocate_codes(
             tables[own_budget(table)] = table
     checks = tuple(verifier.check(*named) for named in sorted(tables.items()))
     return artifact, tables, checks
+
+
+def _damage(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    texts: list[Text],
+    config: AllocateConfig,
+    smallest: float,
+    on_progress: OnProgress | None,
+) -> tuple[Artifact, dict[Cell, Tensor]]:
+    """The artifact with quantizers, and the damage of every column [DW] on the way to a budget.
+
+    What a column is worth changes with what is gone already: damage is measured at the full cache
+    and again at twice the smallest budget, and counts as the geometric mean.
+    """
+    measured = partial(measure_noise, model, texts=texts, seed=config.seed, on_progress=on_progress)
+    artifact, at_full = measured(artifact)
+    if 2 * smallest > HALF:
+        return artifact, at_full
+    line = Waterline(artifact.geometry, at_full, config.constraints, config.widths)
+    _, on_the_way = measured(artifact, at=line.table(2 * smallest))
+    return artifact, {cell: (one * on_the_way[cell]).sqrt() for cell, one in at_full.items()}
 
 
 def smallest_with_codes(geometry: Geometry, config: AllocateConfig) -> float:

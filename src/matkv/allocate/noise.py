@@ -5,21 +5,23 @@ Shapes: B batch, G KV head, T token, N kept token, D head dim, V vocabulary, W w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from matkv.allocate.divergence import Text
+from matkv.allocate.divergence import Text, set_gates
 from matkv.allocate.fisher import frozen, toward_samples
+from matkv.allocate.rounds import gated_projections
 from matkv.artifact.artifact import Artifact
 from matkv.bases.gates import Projected
 from matkv.bases.quantizer import Quantizer, fit
 from matkv.hf.handlers import Traced, tracing
+from matkv.hf.merge import merged
 from matkv.progress import OnProgress, Report
-from matkv.ranks import SIDES, Cell, Side
+from matkv.ranks import SIDES, Cell, RankTable, Side
 
 # Tokens whose latents a quantizer is fitted to: more change its steps by less than they differ.
 FITTED = 4096
@@ -61,13 +63,14 @@ def measure_noise(
     texts: list[Text],
     *,
     seed: int,
+    at: RankTable | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Artifact, dict[Cell, Tensor]]:
     """Quantizers for the artifact's bases, and the damage of every column at every width [DW].
 
-    One backward pass over each text, at the full cache, in which only what queries see of tokens
-    that are exact no more counts; damage is in nats a token. Every process reads all of it, so that
-    all fit the same quantizers.
+    One backward pass over each text, at the full cache or at a table of codes, in which only what
+    queries see of tokens that are exact no more counts; damage is in nats a token. Every process
+    reads all of it, so that all fit the same quantizers.
     """
     traces: dict[tuple[int, Side], Trace] = {}
     for layer in artifact.geometry.compressed:
@@ -75,12 +78,17 @@ def measure_noise(
             maps = artifact.maps(layer, side).changed(lambda x: x.to(model.device))
             traces[layer, side] = Trace(maps.encode_XDD, maps.decode_XDD)
     report, tokens = Report(on_progress, "measuring", len(texts), "texts"), 0
-    far = Projected(artifact.recent, artifact.sink)
-    handlers = {
-        layer: Traced(traces[layer, "key"], traces[layer, "value"], far)
-        for layer in artifact.geometry.compressed
+    far: Mapping[int, Projected] = {
+        layer: Projected(artifact.recent, artifact.sink) for layer in artifact.geometry.compressed
     }
-    with tracing(model, handlers), frozen(model):
+    if at is not None:
+        far = gated = gated_projections(model, artifact)
+        set_gates(gated, at)
+    handlers = {
+        layer: Traced(traces[layer, "key"], traces[layer, "value"], one)
+        for layer, one in far.items()
+    }
+    with merged(model, artifact.lora), tracing(model, handlers), frozen(model):
         for done, text in enumerate(texts, 1):
             for piece in text.pieces:
                 real_BT = piece.batch.real.bool()
