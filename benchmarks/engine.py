@@ -1,10 +1,11 @@
 """One vLLM engine in a process of its own: prompts in, tokens and figures out, as JSON.
 
-    python benchmarks/engine.py < request.json
+    python benchmarks/engine.py
 
-The request has `engine`, vLLM's arguments; and `rounds`, lists of prompts that are given at once,
-each {"tokens": [...], "new": n}. The answer has for every round tokens, seconds and what of the
-prompts was cached; the tokens that the cache holds, as vLLM says; and preemptions.
+A line of input is a request, and is answered by a line. The first has vLLM's arguments, and is
+answered by the tokens that its cache holds, as vLLM says. Every other is a round: prompts that are
+given at once, each {"tokens": [...], "new": n}, answered by their tokens, the seconds of all and of
+every step, what of the prompts was in the prefix cache, and preemptions so far.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +39,83 @@ DEFAULTS: dict[str, Any] = {
     "block_size": 16,
     "disable_log_stats": False,
 }
+# Answers are told from what libraries print.
+MARK = "matkv engine: "
+
+Round = list[dict[str, Any]]
 
 
 class EngineError(Exception):
-    """The engine did not start; its last words."""
+    """The engine did not start, or ended; its last words."""
 
 
-def run(engine: dict[str, Any], rounds: list[list[dict[str, Any]]], **settings: str) -> Any:
-    """What an engine answers, started and ended for it.
+@dataclass(frozen=True)
+class Engine:
+    """An engine that has started, and the tokens that its cache holds."""
+
+    process: subprocess.Popen[str]
+    errors: Path
+    fits: int
+
+    def round(self, prompts: Round, *, forget: bool = False) -> Any:
+        """Prompts that are given at once, and what came of them.
+
+        `forget` empties the prefix cache first.
+
+        Raises:
+            EngineError: the engine ended.
+        """
+        return _asked(self.process, self.errors, {"prompts": prompts, "forget": forget})
+
+
+@contextmanager
+def started(arguments: dict[str, Any], **settings: str) -> Iterator[Engine]:
+    """An engine with vLLM's `arguments` and environment variables, ended at last.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | SETTINGS | settings,
+            cwd=Path(__file__).parents[1],
+        )
+        try:
+            fits = _asked(process, Path(errors.name), DEFAULTS | arguments)["fits"]
+            yield Engine(process, Path(errors.name), fits)
+        finally:
+            process.communicate()  # which ends its input, and so it
+
+
+def _asked(process: subprocess.Popen[str], errors: Path, request: dict[str, Any]) -> Any:
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it ended, and its output says so
+    for line in process.stdout:
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))
+    process.wait()
+    raise EngineError(errors.read_text(encoding="utf-8")[-4000:])
+
+
+def run(arguments: dict[str, Any], rounds: list[Round], **settings: str) -> dict[str, Any]:
+    """What an engine answers to `rounds`, started and ended for them.
 
     Raises:
         EngineError: it failed.
     """
-    ended = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps({"engine": DEFAULTS | engine, "rounds": rounds}),
-        capture_output=True,
-        text=True,
-        env=os.environ | SETTINGS | settings,
-        cwd=Path(__file__).parents[1],
-    )
-    if ended.returncode:
-        raise EngineError(ended.stderr[-4000:])
-    return json.loads(ended.stdout.splitlines()[-1])
+    with started(arguments, **settings) as engine:
+        answers = [engine.round(prompts) for prompts in rounds]
+        last = answers[-1] if answers else {}
+        return {"rounds": answers, "fits": engine.fits, "preemptions": last.get("preemptions", 0)}
 
 
 def matkv(artifact: Path | str, budget: float, **options: Any) -> dict[str, Any]:
@@ -66,34 +125,47 @@ def matkv(artifact: Path | str, budget: float, **options: Any) -> dict[str, Any]
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    llm = LLM(**request["engine"])
-    answers = []
-    for prompts in request["rounds"]:
-        how = [
-            SamplingParams(temperature=0, max_tokens=one["new"], detokenize=False, ignore_eos=True)
-            for one in prompts
-        ]
-        start = time.perf_counter()
-        outs = llm.generate(
-            [{"prompt_token_ids": one["tokens"]} for one in prompts], how, use_tqdm=False
-        )
-        answers.append(
-            {
-                "seconds": time.perf_counter() - start,
-                "tokens": [list(out.outputs[0].token_ids) for out in outs],
-                "cached": [out.num_cached_tokens for out in outs],
-            }
-        )
+    llm = LLM(**json.loads(sys.stdin.readline()))
+    answer({"fits": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens})
+    for number, line in enumerate(sys.stdin):
+        request = json.loads(line)
+        if request["forget"]:
+            llm.reset_prefix_cache()
+        answer(served(llm, request["prompts"], number))
+
+
+def served(llm: Any, prompts: Round, number: int) -> dict[str, Any]:
+    """One round."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, names = llm.llm_engine, [f"{number}-{index}" for index in range(len(prompts))]
+    start = time.perf_counter()
+    for name, one in zip(names, prompts, strict=True):
+        how = SamplingParams(
+            temperature=0, max_tokens=one["new"], detokenize=False, ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        engine.add_request(name, {"prompt_token_ids": one["tokens"]}, how)
+    ended, steps = {}, [time.perf_counter()]
+    while engine.has_unfinished_requests():
+        ended |= {out.request_id: out for out in engine.step() if out.finished}
+        steps.append(time.perf_counter())
+    outs = [ended[name] for name in names]
     metrics = {one.name: getattr(one, "value", None) for one in llm.get_metrics()}
-    found = {
-        "rounds": answers,
-        "fits": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
+    return {
+        "seconds": steps[-1] - start,
+        "steps": [after - before for before, after in zip(steps, steps[1:], strict=False)],
+        "tokens": [list(out.outputs[0].token_ids) for out in outs],
+        "cached": [out.num_cached_tokens for out in outs],
         "preemptions": metrics["vllm:num_preemptions"],
     }
-    print("\n" + json.dumps(found), flush=True)
+
+
+def answer(found: dict[str, Any]) -> None:
+    print("\n" + MARK + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

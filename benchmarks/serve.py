@@ -1,10 +1,12 @@
-"""vLLM with an artifact beside vLLM with the full cache: what fits, throughput, the time of a step.
+"""vLLM with an artifact beside vLLM with the full cache: tokens, what fits, throughput, steps.
 
-    python benchmarks/serve.py demo        both servers over HTTP, one question each
+    python benchmarks/serve.py equal       greedy tokens of texts, against those in transformers
     python benchmarks/serve.py fits        tokens in the cache, at every budget
     python benchmarks/serve.py trace       a fixed trace of requests in a small cache, taking turns
     python benchmarks/serve.py step        a decoding step at equal batches, taking turns
-    python benchmarks/serve.py equal       greedy tokens of texts, against those in transformers
+    python benchmarks/serve.py demo        both servers over HTTP, one question each
+    python benchmarks/serve.py faults      a server that is told nonsense, and killed under load
+    python benchmarks/serve.py load        many small requests, and the memory of the server
 
 Run it where vLLM is: `make serve-demo` makes that environment. Every engine is a process of its
 own.
@@ -13,214 +15,243 @@ own.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 import engine
+import serve_http
+from engine import Engine, Round
 from matkv.artifact.artifact import Artifact
+from matkv.cache.cache import LatentCache
 from matkv.data.texts import read_texts
-from matkv.hf.attach import attach
+from matkv.hf.attach import attach, detach
 from matkv.models.load import load_model, model_source
 from matkv.ranks import RankTable
 
-RUN, QUESTION = "smollm2-135m", "What is the capital of France?"
+RUN = "smollm2-135m"
 BUDGETS = (0.5, 0.25, 0.125)
 MEMORY = 64 << 20
-SECONDS = 300
 
 
 def main() -> None:
+    whats: dict[str, Callable[[argparse.Namespace], None]] = {
+        "equal": equal, "fits": fits, "trace": trace, "step": step,
+        "demo": serve_http.demo, "faults": serve_http.faults, "load": serve_http.load,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("demo", "fits", "trace", "step", "equal"))
+    parser.add_argument("what", choices=whats)
     parser.add_argument("--run", default=RUN)
     parser.add_argument("--budget", type=float, default=0.25)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--exact", action="store_true", help="exact tokens as the artifact asks")
-    given = parser.parse_args()
-    whats = {"demo": demo, "fits": fits, "trace": trace, "step": step, "equal": equal}
-    whats[given.what](given)
+    parser.add_argument(
+        "--requests", type=int, help="64 of the trace, 32 to compare, 2,000 to load"
+    )
+    parser.add_argument("--new", type=int, help="tokens of an answer: 64, to compare 24")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--no-exact", action="store_true", help="no exact tokens")
+    whats[(given := parser.parse_args()).what](given)
 
 
-def ways(given: argparse.Namespace, budgets: tuple[float, ...]) -> dict[str, dict[str, Any]]:
-    """vLLM's arguments by the name of the cache."""
-    artifact = Artifact.load(given.run)
-    exact = {} if given.exact else {"sink": 0, "recent": 0}
-    common = {"model": model_source(artifact.base_model), "kv_cache_memory_bytes": MEMORY}
-    own = {f"{one:.1%}": common | engine.matkv(given.run, one, **exact) for one in budgets}
-    return {"full": common | {"block_size": 32}} | own
+def own(given: argparse.Namespace, budget: float, **options: Any) -> dict[str, Any]:
+    """vLLM's arguments for the artifact."""
+    exact = {"sink": 0, "recent": 0} if given.no_exact else {}
+    return base(given) | engine.matkv(given.run, budget, **exact | options)
+
+
+def base(given: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's arguments for the full cache."""
+    model = model_source(Artifact.load(given.run).base_model)
+    return {"model": model, "kv_cache_memory_bytes": MEMORY, "dtype": given.dtype}
+
+
+# Pages that vLLM's own attention for CPUs reads well.
+FULL = {"block_size": 32}
 
 
 def fits(given: argparse.Namespace) -> None:
     """Tokens that the cache holds, as vLLM says, against the bytes of a token."""
     artifact = Artifact.load(given.run)
-    tables = {f"{one:.1%}": artifact.table(one) for one in BUDGETS}
-    tables["full"] = RankTable.full(artifact.geometry)
-    for name, arguments in ways(given, BUDGETS).items():
-        for dtype in ("float32", "bfloat16"):
-            found = engine.run(arguments | {"max_model_len": 1024, "dtype": dtype}, [])["fits"]
-            ideal = MEMORY // tables[name].bytes_per_token(getattr(torch, dtype))
-            print(f"{name:6} {dtype:8} {found:8,} tokens, {found / ideal:6.1%} of {ideal:,}")
+    for budget in (None, *BUDGETS):
+        table = RankTable.full(artifact.geometry) if budget is None else artifact.table(budget)
+        arguments = base(given) | FULL if budget is None else own(given, budget)
+        found = engine.run(arguments | {"max_model_len": 1024}, [])["fits"]
+        ideal = MEMORY // table.bytes_per_token(getattr(torch, given.dtype))
+        name = "full" if budget is None else f"{budget:.1%}"
+        print(f"{name:6} {found:8,} tokens, {found / ideal:6.1%} of {ideal:,}", flush=True)
 
 
 def trace(given: argparse.Namespace) -> None:
-    """Requests of a fixed trace in a cache of six full ones."""
-    rng = random.Random(0)
-    prompts = [
-        {
-            "tokens": [rng.randrange(5, 40000) for _ in range(rng.randint(256, 1024))],
-            "new": given.new,
-        }
-        for _ in range(given.requests)
-    ]
-    memory = (
-        6
-        * (1024 + given.new)
-        * RankTable.full(Artifact.load(given.run).geometry).bytes_per_token(torch.float32)
-    )
+    """Requests of a fixed trace, given at once, in a cache of six full ones."""
+    rng, new = random.Random(0), given.new or 64
+    sizes = [rng.randint(256, 1024) for _ in range(given.requests or 64)]
+    prompts = [{"tokens": some_tokens(rng, size), "new": new} for size in sizes]
+    full = RankTable.full(Artifact.load(given.run).geometry)
+    memory = 6 * (1024 + new) * full.bytes_per_token(getattr(torch, given.dtype))
     arguments = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_memory_bytes": memory}
-    seconds: dict[str, list[float]] = {}
-    for _ in range(given.turns):
-        for name, own in ways(given, (given.budget,)).items():
-            found = engine.run(own | arguments, [prompts])
-            seconds.setdefault(name, []).append(found["rounds"][0]["seconds"])
-            print(
-                f"{name:6} {found['fits']:,} tokens fit, {given.requests / seconds[name][-1]:.3f} "
-                f"requests/s, {found['preemptions']} preemptions",
-                flush=True,
-            )
-    full, kept = (statistics.median(one) for one in seconds.values())
-    print(f"throughput at {given.budget:.1%} over the full cache's: {full / kept:.2f}")
+    seconds: list[list[float]] = []
+    before = [0, 0]
+    with ExitStack() as stack:
+        engines = both(given, arguments, stack)
+        for _ in range(given.turns):
+            seconds.append([])
+            for place, (name, one) in enumerate(engines.items()):
+                found = one.round(prompts, forget=True)
+                seconds[-1].append(found["seconds"])
+                preempted, before[place] = (
+                    found["preemptions"] - before[place],
+                    found["preemptions"],
+                )
+                print(
+                    f"{name:6} {one.fits:,} tokens fit, {len(sizes) / found['seconds']:.3f} "
+                    f"requests/s, {preempted} preemptions",
+                    flush=True,
+                )
+    ratio = statistics.median(full / kept for full, kept in seconds)
+    print(f"throughput at {given.budget:.1%} over the full cache's: {ratio:.2f}")
 
 
 def step(given: argparse.Namespace) -> None:
     """The time of one more token of several sequences, prompts apart."""
-    rng = random.Random(0)
-    for batch, context in ((1, 1024), (8, 512), (16, 256)):
-        prompts = [[rng.randrange(5, 40000) for _ in range(context)] for _ in range(batch)]
-        rounds = [[{"tokens": one, "new": new} for one in prompts] for new in (1, 1, 1 + given.new)]
-        arguments = {
-            "max_model_len": 2048, "max_num_seqs": 32, "kv_cache_memory_bytes": 1 << 30,
-        }  # fmt: skip
-        times: dict[str, list[float]] = {}
-        for _ in range(given.turns):
-            for name, own in ways(given, (given.budget,)).items():
-                found = engine.run(own | arguments, rounds)["rounds"]
-                # The prompts are in the prefix cache from the first round on.
-                lasted = found[2]["seconds"] - found[1]["seconds"]
-                times.setdefault(name, []).append(lasted / given.new)
-        full, kept = (min(one) for one in times.values())
-        print(
-            f"{batch:2} sequences of {context}: full {1e3 * full:.1f} ms, "
-            f"{given.budget:.1%} {1e3 * kept:.1f} ms, {kept / full:.2f} times",
-            flush=True,
-        )
+    rng, new = random.Random(0), given.new or 16
+    arguments = {"max_model_len": 2048, "max_num_seqs": 32, "kv_cache_memory_bytes": 1 << 30}
+    with ExitStack() as stack:
+        engines = both(given, arguments, stack)
+        for batch, context in ((1, 1024), (8, 512), (16, 256), (16, 768)):
+            prompts = [some_tokens(rng, context) for _ in range(batch)]
+            asked = [{"tokens": one, "new": new} for one in prompts]
+            for one in engines.values():  # the prompts are in the prefix cache from now on
+                one.round(asked)
+            turns = [
+                [statistics.median(one.round(asked)["steps"][2:]) for one in engines.values()]
+                for _ in range(given.turns)
+            ]
+            full, kept = (min(one) for one in zip(*turns, strict=True))
+            ratio = statistics.median(kept / full for full, kept in turns)
+            print(
+                f"{batch:2} sequences of {context}: full {1e3 * full:.1f} ms, "
+                f"{given.budget:.1%} {1e3 * kept:.1f} ms, {ratio:.2f} times",
+                flush=True,
+            )
+
+
+def both(
+    given: argparse.Namespace, arguments: dict[str, Any], stack: ExitStack
+) -> dict[str, Engine]:
+    """An engine with the full cache and one with the artifact, by name."""
+    ways = {"full": base(given) | FULL, f"{given.budget:.1%}": own(given, given.budget)}
+    return {
+        name: stack.enter_context(engine.started(one | arguments)) for name, one in ways.items()
+    }
+
+
+def some_tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(5, 40000) for _ in range(count)]
+
+
+# How a cache is set, and how requests come: what `equal` compares in every combination.
+KINDS: dict[str, dict[str, Any]] = {"codes": {}, "ranks": {"uniform": True}}
+EXACT: dict[str, dict[str, int]] = {"exact tokens": {}, "no exact ones": {"sink": 0, "recent": 0}}
+COMMON = {"max_model_len": 1024, "max_num_seqs": 32}
 
 
 def equal(given: argparse.Namespace) -> None:
-    """Greedy tokens of beginnings of texts, batched and in chunks, and the same by transformers."""
-    artifact = Artifact.load(given.run)
-    model, tokenizer = load_model(artifact.base_model, "float32")
-    rng = random.Random(0)
-    texts = read_texts("default", "validation")[: given.requests]
-    prompts = [tokenizer(one)["input_ids"][: rng.randint(4, 300)] for one in texts]
-    none = None if given.exact else 0
-    attached: Any = attach(model, artifact, given.budget, sink=none, recent=none)
-    how = {"max_new_tokens": given.new, "do_sample": False, "eos_token_id": None}
-    wanted = [
-        attached.generate(torch.tensor([one]), **how)[0, len(one) :].tolist() for one in prompts
-    ]
-    own = ways(given, (given.budget,))[f"{given.budget:.1%}"]
-    arguments = {"max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 16}
-    asked = [{"tokens": one, "new": given.new} for one in prompts]
-    found = engine.run(own | arguments, [asked, asked])["rounds"]
-    for name, one in (("first", found[0]), ("again", found[1])):
-        same = [a == b for a, b in zip(one["tokens"], wanted, strict=True)]
-        places = [
-            next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), given.new)
-            for a, b in zip(one["tokens"], wanted, strict=True)
-        ]
-        print(
-            f"{name}: {sum(same)} of {len(same)} sequences equal, {sum(places)} of "
-            f"{given.new * len(same)} tokens before any differs; {sum(one['cached'])} of "
-            f"{sum(map(len, prompts))} prompt tokens from the prefix cache",
-            flush=True,
+    """Greedy tokens of beginnings of texts, and the same by transformers."""
+    artifact, new, count = Artifact.load(given.run), given.new or 24, given.requests or 32
+    model, tokenizer = load_model(artifact.base_model, given.dtype)
+    rng, texts = random.Random(0), read_texts("default", "validation")
+    sizes = [rng.choice((4, 15, 16, 17, 40, 90, 200, 300)) for _ in range(count)]
+    ids = [tokenizer(texts[index])["input_ids"] for index in range(count)]
+    prompts = [one[:size] for one, size in zip(ids, sizes, strict=True)]
+    for kind, table in KINDS.items():
+        for name, exact in EXACT.items():
+            attached: Any = attach(model, artifact, given.budget, **table, **exact)
+            wanted = [greedy(attached, one, new) for one in prompts]
+            asked = [{"tokens": one, "new": new} for one in prompts]
+            arguments = own(given, given.budget, **table, **exact) | COMMON
+            for way, found in ways_of(arguments, asked, artifact, given):
+                told, differ = compare(found["tokens"], wanted)
+                print(
+                    f"{kind}, {name}, {way}: {told}; {sum(found['cached'])} of "
+                    f"{sum(map(len, prompts))} prompt tokens from the prefix cache, "
+                    f"{found['preemptions']} preemptions",
+                    flush=True,
+                )
+                for index, place in differ:
+                    before = prompts[index] + wanted[index][:place]
+                    pair = wanted[index][place], found["tokens"][index][place]
+                    far = gap(attached, before, *pair)
+                    print(f"  prompt {index}, token {place}: logits {far:.1e} apart", flush=True)
+            detach(model)
+
+
+def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
+    how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+    tokens: list[int] = model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
+    return tokens
+
+
+def ways_of(
+    arguments: dict[str, Any], asked: Round, artifact: Artifact, given: argparse.Namespace
+) -> Iterator[tuple[str, Any]]:
+    """Every way in which requests may come, and what came of them."""
+    with engine.started(arguments) as one:
+        yield "batched", one.round(asked)
+        yield "again", one.round(asked)
+        alone = [one.round([request], forget=True) for request in asked]
+        found: dict[str, Any] = {"preemptions": alone[-1]["preemptions"]}
+        yield (
+            "alone",
+            found | {key: [each[key][0] for each in alone] for key in ("tokens", "cached")},
         )
+    with engine.started(arguments | {"max_num_batched_tokens": 64}) as one:
+        yield "in chunks of 64", one.round(asked)
+    with engine.started(arguments | little(arguments, artifact, given)) as one:
+        yield "under preemption", one.round(asked)
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine.started(arguments | two) as one:
+        yield "on two processes", one.round(asked)
 
 
-def demo(given: argparse.Namespace) -> None:
-    """One question to the server with the full cache and to that with the artifact."""
-    artifact = Artifact.load(given.run)
-    model = model_source(artifact.base_model)
-    common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
-    full = [
-        "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-        "--served-model-name", artifact.base_model, "--kv-cache-memory-bytes", str(MEMORY),
-    ]  # fmt: skip
-    own = [
-        "-m", "matkv", "serve", given.run, "--budget", str(given.budget),
-        "--kv-cache-memory-bytes", str(MEMORY),
-    ]  # fmt: skip
-    print(QUESTION)
-    for name, command, port in (("full", full, 8701), (f"{given.budget:.1%}", own, 8702)):
-        with server([sys.executable, *command, *common, "--port", str(port)], port) as log:
-            fit = next(line for line in log if "KV cache size" in line).partition("size: ")[2]
-            answer = ask(port, artifact.base_model)
-        print(f"{name:6} {fit.partition(' tokens')[0]} tokens in 64 MiB: {answer}", flush=True)
+def little(
+    arguments: dict[str, Any], artifact: Artifact, given: argparse.Namespace
+) -> dict[str, Any]:
+    """A memory of some of the requests, the exact tokens of which take most."""
+    options = arguments["additional_config"]["matkv"]
+    full = RankTable.full(artifact.geometry).bytes_per_token(getattr(torch, given.dtype))
+    table = artifact.table(given.budget, uniform=options.get("uniform", False))
+    latents = 1600 * table.bytes_per_token(getattr(torch, given.dtype))
+    exact = 0 if options.get("recent") == 0 else 500 * full
+    return {"kv_cache_memory_bytes": latents + exact, "max_model_len": 352}
 
 
-@contextmanager
-def server(command: list[str], port: int) -> Iterator[list[str]]:
-    """A server that has started, and what it said until then."""
-    environment = os.environ | engine.SETTINGS | {"VLLM_LOGGING_LEVEL": "INFO"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    said: list[str] = []
-    try:
-        for line in process.stdout:
-            said.append(line)
-            if "startup complete" in line:
-                break
-        else:
-            raise SystemExit("".join(said[-20:]))
-        yield said
-    finally:
-        process.terminate()
-        process.communicate()
+def compare(found: list[list[int]], wanted: list[list[int]]) -> tuple[str, list[tuple[int, int]]]:
+    """How many sequences are equal and tokens before any differs; and where those are not."""
+    places = [
+        next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(b))
+        for a, b in zip(found, wanted, strict=True)
+    ]
+    differ = [(index, place) for index, place in enumerate(places) if place < len(wanted[index])]
+    same, total = len(found) - len(differ), sum(map(len, wanted))
+    told = f"{same} of {len(found)} sequences equal, {sum(places)} of {total} tokens before any differs"
+    return told, differ
 
 
-def ask(port: int, model: str) -> str:
-    """The answer to the question."""
-    body = {
-        "model": model, "temperature": 0, "max_tokens": 32,
-        "messages": [{"role": "user", "content": QUESTION}],
-    }  # fmt: skip
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=SECONDS) as response:
-        answer: str = json.load(response)["choices"][0]["message"]["content"]
-    return answer
+@torch.no_grad()
+def gap(model: Any, tokens: list[int], wanted: int, found: int) -> float:
+    """How much higher transformers' logit of the wanted token is than that of the found one."""
+    cache = LatentCache(model)
+    model(torch.tensor([tokens[:-1]]), past_key_values=cache)
+    logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1]
+    return float(logits[wanted] - logits[found])
 
 
 if __name__ == "__main__":
     start = time.perf_counter()
     main()
-    print(f"{time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads")
+    print(f"{time.perf_counter() - start:.0f} s")

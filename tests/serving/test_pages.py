@@ -18,6 +18,8 @@ from matkv.latents import compiled
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
 from matkv.vllm import attention
+from matkv.vllm import exact as exact_tokens
+from matkv.vllm import pages as paging
 from matkv.vllm.attention import Near, Step, attend_step
 from matkv.vllm.exact import ExactRows
 from matkv.vllm.pages import Layout, Pages
@@ -76,7 +78,7 @@ def test_what_is_written_is_read(kind: str, seed: int, spare: int) -> None:
 
 
 def test_pages_that_are_not_aligned_are_refused() -> None:
-    layout = Layout(((1, 1, torch.float32), (1, 1, torch.uint8)), torch.float32)
+    layout = Layout(((1, 1, torch.float32), (1, 1, torch.uint8)), torch.float32, ((), ()))
     cache = torch.zeros(2, 1, 3, 5, dtype=torch.uint8)
     with pytest.raises(CacheError, match="multiple of 16"):
         layout.bind(cache)
@@ -94,7 +96,9 @@ def test_a_step_is_attention_of_every_sequence_by_itself(
 ) -> None:
     """Sequences of one new token and of several, some with earlier tokens, pages in any order."""
     if by == "torch":
-        monkeypatch.setattr(attention, "_has_kernel", lambda query: False)
+        for module in (attention, exact_tokens):
+            monkeypatch.setattr(module, "has_kernel", lambda query: False)
+        monkeypatch.setattr(paging, "can_encode", lambda *_: False)
     elif compiled.kernel() is None:
         pytest.skip("there is no C compiler")
     projection, _ = layer_of(kind, seed)
@@ -145,7 +149,8 @@ def step_of(pages_BX: Tensor, size: int, counts: list[int], ends: list[int]) -> 
         for b, (count, end) in enumerate(zip(counts, ends, strict=True))
         for t in range(end - count, end)
     ]
-    return Step.of(pages_BX, torch.stack(slots), torch.tensor(ends), [0, *accumulate(counts)], ends)
+    lengths_B = torch.tensor(ends, dtype=torch.int32)
+    return Step.of(pages_BX.int(), torch.stack(slots), lengths_B, [0, *accumulate(counts)], ends)
 
 
 def by_the_cache(
@@ -197,6 +202,6 @@ def test_a_layer_without_any_columns_still_has_pages() -> None:
     projection = projection_of(subject.artifact, table, 0, Shard())
     query, key, value = states(3, 0)
     pages = empty(Layout.of(projection, torch.float32))
-    step = Step.of(torch.tensor([[1]]), torch.arange(16, 19), torch.tensor([3]), [0, 3], [3])
+    step = step_of(torch.tensor([[1]]), PAGE, [3], [3])
     out = attend_step(pages, projection, step, query, key, value, scaling=1.0)
     assert torch.equal(out, torch.zeros_like(out))

@@ -67,10 +67,10 @@ struct call {
   const struct head *heads;
   const char *mask;       /* [B T] to add to scores, or null */
   const int32_t *table;   /* [B K]: the blocks of every sequence; null: block b is sequence b */
-  const int32_t *lengths; /* [B], or null: all are `tokens` long */
+  const int32_t *ranges;  /* [B R 2]: first and last of the tokens read; null: all `tokens` */
   const float *gains;     /* what every byte of a gain means */
   parallel_fn parallel;   /* OpenMP's, or null */
-  int64_t B, G, X, M, dtype, tokens, mask_stride, table_stride, block, threads;
+  int64_t B, G, X, M, dtype, tokens, mask_stride, table_stride, block, threads, R;
   double scaling;
 };
 
@@ -388,6 +388,7 @@ static int make_room(struct room *room, int64_t M, int64_t codes, int64_t number
 
 struct item {
   int64_t b, g, first, last; /* tokens `first` to `last` of one head */
+  int64_t end;               /* where its range ends, behind which may be anything */
   float *part;               /* [X M], weighted sums over them by their own largest score */
   float *most, *total;       /* [X]: that score, and the weights' sum */
 };
@@ -404,14 +405,13 @@ struct job {
 static void find_rows(struct room *room, const struct call *call, const struct head *head,
                       const struct item *item, int64_t first, int count) {
   int64_t itemsize = call->dtype == FP32 ? 4 : 2;
-  int64_t length = call->lengths ? call->lengths[item->b] : call->tokens;
   int64_t row_codes = end_of_codes(&head->value);
   int64_t row_numbers = (head->key.numbers + head->value.numbers) * itemsize;
   int has_codes = head->key.gain >= 0 || head->value.gain >= 0;
   for (int t = 0; t < count; t++) {
     int64_t token = first + t, which = token / call->block, place = token % call->block;
     int64_t block = call->table ? call->table[item->b * call->table_stride + which] : item->b;
-    int64_t left = call->block - place < length - token ? call->block - place : length - token;
+    int64_t left = call->block - place < item->end - token ? call->block - place : item->end - token;
     const char *numbers = (const char *)head->numbers + block * head->numbers_block +
                           place * head->numbers_token;
     const char *codes =
@@ -688,14 +688,31 @@ static void merge(const struct call *call, const struct item *items, int64_t cou
   }
 }
 
-static int64_t length_of(const struct call *call, int64_t b) {
-  return call->lengths ? call->lengths[b] : call->tokens;
+/* The r-th stretch of tokens that sequence b reads. */
+struct range {
+  int64_t first, last;
+};
+
+static struct range range_of(const struct call *call, int64_t b, int64_t r) {
+  if (!call->ranges) return (struct range){0, call->tokens};
+  const int32_t *own = call->ranges + (b * call->R + r) * 2;
+  return (struct range){own[0], own[1] > own[0] ? own[1] : own[0]};
+}
+
+/* Items of so many tokens for what one head of a sequence reads. */
+static int64_t items_of(const struct call *call, int64_t b, int64_t part) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < call->R; r++) {
+    struct range range = range_of(call, b, r);
+    count += (range.last - range.first + part - 1) / part;
+  }
+  return count;
 }
 
 /* Tokens of one item. */
 static int64_t part_of(const struct call *call) {
   int64_t all = 0;
-  for (int64_t b = 0; b < call->B; b++) all += length_of(call, b) * call->G;
+  for (int64_t b = 0; b < call->B; b++) all += items_of(call, b, 1) * call->G;
   if (call->threads < 2) return all > 0 ? all : 1;
   int64_t part = all / (call->threads * PARTS);
   if (part < LEAST_PART) part = LEAST_PART;
@@ -705,8 +722,7 @@ static int64_t part_of(const struct call *call) {
 /* Attention of one query position of all sequences over their tokens; 0, or 1 without memory. */
 int matkv_decode(const struct call *call) {
   int64_t part = part_of(call), count = 0, X = call->X;
-  for (int64_t b = 0; b < call->B; b++)
-    count += call->G * ((length_of(call, b) + part - 1) / part);
+  for (int64_t b = 0; b < call->B; b++) count += call->G * items_of(call, b, part);
   struct job job = {.call = call, .count = count};
   for (int64_t g = 0; g < call->G; g++) {
     const struct head *head = &call->heads[g];
@@ -724,11 +740,14 @@ int matkv_decode(const struct call *call) {
   int64_t next = 0;
   for (int64_t b = 0; b < call->B; b++)
     for (int64_t g = 0; g < call->G; g++)
-      for (int64_t first = 0; first < length_of(call, b); first += part, next++) {
-        int64_t last = first + part < length_of(call, b) ? first + part : length_of(call, b);
-        float *own = parts + next * X * (call->M + 2);
-        float *most = own + X * call->M;
-        job.items[next] = (struct item){b, g, first, last, own, most, most + X};
+      for (int64_t r = 0; r < call->R; r++) {
+        struct range range = range_of(call, b, r);
+        for (int64_t first = range.first; first < range.last; first += part, next++) {
+          int64_t last = first + part < range.last ? first + part : range.last;
+          float *own = parts + next * X * (call->M + 2);
+          float *most = own + X * call->M;
+          job.items[next] = (struct item){b, g, first, last, range.last, own, most, most + X};
+        }
       }
   int64_t threads = call->threads < count ? call->threads : count;
   if (threads > 1 && call->parallel)
@@ -738,7 +757,7 @@ int matkv_decode(const struct call *call) {
   next = 0;
   for (int64_t b = 0; b < call->B && !job.failed; b++)
     for (int64_t g = 0; g < call->G; g++) {
-      int64_t own = (length_of(call, b) + part - 1) / part;
+      int64_t own = items_of(call, b, part);
       merge(call, job.items + next, own, b, g);
       next += own;
     }
@@ -756,6 +775,8 @@ struct encoding {
   const struct head *heads; /* where its rows go: `block` is here the sequence */
   int64_t B, G, T, D, dtype, map_dtype, state_b, state_g, state_t; /* strides in numbers */
   int64_t gain_zero, gain_steps;
+  const int64_t *slots; /* [T]: where in the pages every token goes; null: block b, place t */
+  int64_t page;         /* tokens of one */
 };
 
 /* Codes of one band, packed: plane p has the columns from p size on. */
@@ -829,8 +850,12 @@ int matkv_encode(const struct encoding *call) {
         for (int side = 0; side < 2; side++)
           coordinates(call, y + side * D, x + side * D,
                       call->maps + (g * 2 + side) * D * D * map_size);
-        char *numbers = (char *)head->numbers + b * head->numbers_block + t * head->numbers_token;
-        uint8_t *codes = (uint8_t *)head->codes + b * head->codes_block + t * head->codes_token;
+        int64_t block = call->slots ? call->slots[t] / call->page : b;
+        int64_t own = call->slots ? call->slots[t] % call->page : t;
+        char *numbers =
+            (char *)head->numbers + block * head->numbers_block + own * head->numbers_token;
+        uint8_t *codes =
+            (uint8_t *)head->codes + block * head->codes_block + own * head->codes_token;
         encode_side(call, &head->key, y, step, numbers, codes);
         encode_side(call, &head->value, y + D, step + D, numbers, codes);
       }

@@ -1,12 +1,12 @@
 """Attention of one step of a server, whose sequences are in pages.
 
-Shapes: B sequence, X page of a sequence, N token of a page, T token of the step, L token of a
-sequence, G KV head, H query head, D head dim.
+Shapes: B sequence, X page of a sequence, R range of tokens, T token of the step, L token of a
+sequence, G KV head, H query head, Q = 1, D head dim, F = 2 D, [key | value].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from matkv.attention.kernels import native
 from matkv.attention.latent import attend, attend_paged, attend_part_of
-from matkv.attention.masks import additive
 from matkv.attention.parts import merge
-from matkv.latents import compiled
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection, joined
-from matkv.vllm.exact import ExactRows
+from matkv.vllm.exact import ExactRows, has_kernel
 from matkv.vllm.pages import Pages
 
 
@@ -33,19 +31,49 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Ones:
+    """The sequences with one new token, which are computed at once.
+
+    `queries` are the places of these tokens among the step's, and `longest` is the most tokens
+    that one of them has. What the kernels read is the same in all layers, and made once.
+    """
+
+    queries: Tensor | slice
+    pages_BX: Tensor
+    lengths_B: Tensor
+    longest: int
+    made: dict[tuple[str, int, int], native.Reads] = field(default_factory=dict)
+
+    def far(self, sink: int, reach: int) -> native.Reads:
+        """All tokens but the exact ones: after the first `sink`, before the last `reach`."""
+        if ("far", sink, reach) not in self.made:
+            last_B = self.lengths_B - reach
+            ranges_BR2 = torch.stack((torch.full_like(last_B, sink), last_B), dim=1)[:, None]
+            self.made["far", sink, reach] = native.Reads(self.pages_BX, ranges_BR2)
+        return self.made["far", sink, reach]
+
+    def near(self, sink: int, reach: int) -> native.Reads:
+        """The exact tokens: the first `sink` and the last `reach`."""
+        if ("near", sink, reach) not in self.made:
+            last_B, none_B = self.lengths_B, torch.zeros_like(self.lengths_B)
+            recent_B = (last_B - reach).clamp_min(sink)
+            ranges_BR = torch.stack((none_B, last_B.clamp_max(sink), recent_B, last_B), dim=1)
+            self.made["near", sink, reach] = native.Reads(
+                self.pages_BX, ranges_BR.unflatten(1, (2, 2))
+            )
+        return self.made["near", sink, reach]
+
+
+@dataclass(frozen=True)
 class Step:
     """What is computed in one step: of every sequence its pages and its tokens, new ones counted.
 
-    `ones` are the sequences with one new token, whose places among the step's tokens are
-    `queries`; `spans` are the others.
+    `ones` are the sequences with one new token, `spans` are the others.
     """
 
     pages_BX: Tensor
     slots_T: Tensor
-    lengths_B: Tensor
-    ones: Tensor
-    queries: Tensor
-    longest: int
+    ones: Ones | None
     spans: tuple[Span, ...]
 
     @classmethod
@@ -59,18 +87,24 @@ class Step:
     ) -> Step:
         """Of where every sequence's new tokens start, and the last one's end; and of its `ends`.
 
-        These are all of its tokens; of a sequence with but one new token they may be more.
+        These are all of its tokens; of a sequence with but one new token they may be more. Pages
+        and lengths are int32, slots int64.
         """
         counts = [after - before for before, after in pairwise(starts)]
         single = [index for index, count in enumerate(counts) if count == 1]
-        device = pages_BX.device
+        ones = None
+        if single:
+            which: Tensor | slice = slice(None)
+            queries: Tensor | slice = slice(None)
+            if len(single) < len(counts):
+                which = torch.tensor(single, device=pages_BX.device)
+                queries = torch.tensor([starts[i] for i in single], device=pages_BX.device)
+            longest = max(ends[i] for i in single)
+            ones = Ones(queries, pages_BX[which], lengths_B[which], longest)
         return cls(
             pages_BX=pages_BX,
             slots_T=slots_T,
-            lengths_B=lengths_B,
-            ones=torch.tensor(single, dtype=torch.long, device=device),
-            queries=torch.tensor([starts[i] for i in single], dtype=torch.long, device=device),
-            longest=max((ends[i] for i in single), default=0),
+            ones=ones,
             spans=tuple(
                 Span(index, slice(starts[index], starts[index + 1]), ends[index])
                 for index, count in enumerate(counts)
@@ -105,12 +139,14 @@ def attend_step(
 ) -> Tensor:
     """Put the new tokens into their pages, and let them read all up to themselves.  [THD]"""
     states_TGF = joined(key_TGD, value_TGD)
-    pages.write(projection.encode_states(states_TGF.transpose(0, 1)[None]), step.slots_T)
+    pages.put(projection, states_TGF, step.slots_T)
     if near is not None:
         near.rows.write(states_TGF, near.step.slots_T)
     out_THD = torch.empty_like(query_THD)
-    if len(step.ones):
-        out_THD[step.queries] = _decode(pages, projection, step, query_THD, scaling, near)
+    if step.ones is not None:
+        query_BHQD = query_THD[step.ones.queries][:, :, None]
+        decoded_BHQD = _decode(pages, projection, step.ones, query_BHQD, scaling, near)
+        out_THD[step.ones.queries] = decoded_BHQD[:, :, 0]
     for span in step.spans:
         seen, exact = slice(0, span.length), None
         if near is not None:
@@ -129,69 +165,48 @@ def attend_step(
 def _decode(
     pages: Pages,
     projection: LayerProjection,
-    step: Step,
-    query_THD: Tensor,
+    ones: Ones,
+    query_BHQD: Tensor,
     scaling: float,
     near: Near | None,
 ) -> Tensor:
-    """The sequences with one new token, all at once.  [BHD]"""
-    query_BHQD = query_THD[step.queries][:, :, None]
-    length_B = step.lengths_B[step.ones].long()
-    far = _decode_compiled if _has_kernel(query_THD) else _decode_gathered
+    """The sequences with one new token, all at once.  [BHQD]"""
+    far = _decode_compiled if has_kernel(query_BHQD) else _decode_gathered
+    sink, reach = (0, 0) if near is None else (near.rows.sink, near.rows.reach)
+    reads = ones.far(sink, reach)
+    far_BHQD, lse_far_BHQ = far(pages, projection, reads, ones.longest, query_BHQD, scaling)
     if near is None:
-        return far(pages, projection, step, query_BHQD, length_B, 0, scaling)[0][:, :, 0]
-    rows = near.rows
-    far_BHQD, lse_far_BHQ = far(
-        pages, projection, step, query_BHQD, length_B - rows.reach, rows.sink, scaling
-    )
-    near_BHQD, lse_near_BHQ = rows.near(
-        query_BHQD, near.step.pages_BX[near.step.ones], length_B, scaling
-    )
-    return merge(far_BHQD, lse_far_BHQ, near_BHQD, lse_near_BHQ)[:, :, 0]
-
-
-def _has_kernel(query: Tensor) -> bool:
-    """Whether the compiled kernel reads pages here; without it they are gathered."""
-    return query.device.type == "cpu" and compiled.kernel() is not None
+        return far_BHQD
+    assert near.step.ones is not None
+    reads = near.step.ones.near(sink, reach)
+    return merge(far_BHQD, lse_far_BHQ, *near.rows.near(query_BHQD, reads, scaling))
 
 
 def _decode_compiled(
     pages: Pages,
     projection: LayerProjection,
-    step: Step,
+    reads: native.Reads,
+    longest: int,
     query_BHQD: Tensor,
-    end_B: Tensor,
-    first: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tokens from `first` to `end_B`, read where they are.  [BHQD, BHQ]"""
-    in_pages = native.Paged(
-        pages.numbers_KNP,
-        pages.codes_KNY,
-        step.pages_BX[step.ones].int(),
-        end_B.clamp_min(0).int(),
-    )
-    mask = None
-    if first:
-        is_seen_L = torch.arange(step.longest) >= first
-        mask = additive(is_seen_L[None, None, None], pages.numbers_KNP.dtype)
-    return attend_paged(in_pages, projection, query_BHQD, scaling, mask)
+    """Attention over tokens where they are.  [BHQD, BHQ]"""
+    return attend_paged(pages.paged, reads, projection, query_BHQD, scaling)
 
 
 def _decode_gathered(
     pages: Pages,
     projection: LayerProjection,
-    step: Step,
+    reads: native.Reads,
+    longest: int,
     query_BHQD: Tensor,
-    end_B: Tensor,
-    first: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """`_decode_compiled` by torch alone, on a copy of the pages."""
-    needed = -(-step.longest // pages.tokens)
-    rows = pages.read(step.pages_BX[step.ones, :needed])
-    place_L = torch.arange(rows[0].shape[2], device=end_B.device)
-    mask = _hide(rows, (place_L >= first) & (place_L < end_B[:, None]))
+    """`_decode_compiled` by torch alone, on a copy of the pages, up to the `longest`."""
+    rows = pages.read(reads.table_BX[:, : -(-longest // pages.tokens)])
+    place_L = torch.arange(rows[0].shape[2], device=query_BHQD.device)
+    first_B1, last_B1 = reads.ranges_BR2[:, 0, :1], reads.ranges_BR2[:, 0, 1:]
+    mask = _hide(rows, (place_L >= first_B1) & (place_L < last_B1))
     return attend_part_of(Latents(projection, rows), query_BHQD, mask, scaling=scaling)
 
 

@@ -15,9 +15,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matkv.attention.kernels import native
 from matkv.attention.masks import additive
 from matkv.attention.parts import attend_part
+from matkv.codes import plain_bands
+from matkv.latents import compiled
+from matkv.latents.coding import row_layout
 from matkv.latents.latents import Exact
+from matkv.latents.native import Paged
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether the compiled kernel reads pages here; without it they are gathered."""
+    return query.device.type == "cpu" and compiled.kernel() is not None
+
+
+def _paged(rows_KEGF: Tensor) -> Paged:
+    """Full-width rows as the kernel takes them: heads of as many columns without codes."""
+    G, F = rows_KEGF.shape[2:]
+    bands = plain_bands(F // 2)
+    numbers_KEP = rows_KEGF.flatten(2)
+    none_KEY = rows_KEGF.new_empty(len(rows_KEGF), rows_KEGF.shape[1], 0, dtype=torch.uint8)
+    layout = tuple(row_layout((bands, bands))) * G
+    return Paged.of(numbers_KEP, none_KEY, layout, [(G, F, rows_KEGF.dtype)])
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,7 @@ class ExactRows:
     """One layer's part of the pages, and how many tokens are exact."""
 
     rows_KEGF: Tensor
+    paged: Paged
     sink: int
     recent: int
 
@@ -49,7 +70,7 @@ class ExactRows:
             (cache.stride(0) // size, width // size, 2 * dim, 1),
             (cache.storage_offset() + first) // size,
         )
-        return cls(rows_KEGF, *exact)
+        return cls(rows_KEGF, _paged(rows_KEGF), *exact)
 
     @property
     def reach(self) -> int:
@@ -68,31 +89,40 @@ class ExactRows:
         return self.rows_KEGF[pages_BC, place_BC % size].transpose(1, 2)
 
     def near(
-        self, query_BHQD: Tensor, pages_BX: Tensor, length_B: Tensor, scaling: float
+        self, query_BHQD: Tensor, reads: native.Reads, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """What the newest tokens of sequences read exactly, and the log of the weights' sum.
 
         [BHQD -> BHQD, BHQ]
         """
-        device = length_B.device
-        sink_BS = torch.arange(self.sink, device=device).expand(len(length_B), -1)
-        back = torch.arange(self.reach, device=device) - self.reach
-        place_BC = torch.cat((sink_BS, length_B[:, None] + back), dim=1)
-        is_sink = torch.arange(self.sink + self.reach, device=device) < self.sink
-        is_read_BC = (place_BC < length_B[:, None]) & (is_sink | (place_BC >= self.sink))
-        exact_BGCF = self.read(pages_BX, place_BC.clamp_min(0).where(is_read_BC, 0))
-        exact_BGCF = exact_BGCF.where(is_read_BC[:, None, :, None], 0)
-        G, D = exact_BGCF.shape[1], exact_BGCF.shape[3] // 2
-        query_BGJD = query_BHQD[:, :, 0].unflatten(1, (G, -1))
-        bias = additive(is_read_BC[:, None, None], exact_BGCF.dtype)
-        out_BGJD, lse_BGJ = attend_part(
-            query_BGJD.to(exact_BGCF.dtype),
-            exact_BGCF[..., :D],
-            exact_BGCF[..., D:],
-            bias.expand(-1, -1, query_BGJD.shape[2], -1),
-            scaling=scaling,
-        )
+        by = self._near_compiled if has_kernel(query_BHQD) else self._near_gathered
+        query_BGJD = query_BHQD[:, :, 0].unflatten(1, (self.rows_KEGF.shape[2], -1))
+        out_BGJD, lse_BGJ = by(query_BGJD.to(self.rows_KEGF.dtype), reads, scaling)
         return out_BGJD.flatten(1, 2)[:, :, None], lse_BGJ.flatten(1, 2)[..., None]
+
+    def _near_compiled(
+        self, query_BGJD: Tensor, reads: native.Reads, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        return native.decode_paged(query_BGJD, self.paged, reads, scaling)
+
+    def _near_gathered(
+        self, query_BGJD: Tensor, reads: native.Reads, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """By torch alone: every range as long as it may be."""
+        ranges_BR2 = reads.ranges_BR2.long()
+        places, reading = [], []
+        for r, size in enumerate((self.sink, self.reach)):
+            place_BC = ranges_BR2[:, r, 1:] + torch.arange(-size, 0, device=query_BGJD.device)
+            places.append(place_BC)
+            reading.append(place_BC >= ranges_BR2[:, r, :1])
+        is_read_BC = torch.cat(reading, dim=1)
+        exact_BGCF = self.read(reads.table_BX, torch.cat(places, dim=1).where(is_read_BC, 0))
+        exact_BGCF = exact_BGCF.where(is_read_BC[:, None, :, None], 0)
+        D, J = query_BGJD.shape[3], query_BGJD.shape[2]
+        bias = additive(is_read_BC[:, None, None], exact_BGCF.dtype).expand(-1, -1, J, -1)
+        return attend_part(
+            query_BGJD, exact_BGCF[..., :D], exact_BGCF[..., D:], bias, scaling=scaling
+        )
 
     def span(self, states_TGF: Tensor, pages_X: Tensor, length: int) -> Exact:
         """What several new tokens, the last of a sequence, read exactly."""

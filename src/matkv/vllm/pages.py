@@ -5,7 +5,8 @@ bytes, the gains and codes. Heads follow one another in the projection's order, 
 and its value, nothing padded; so every number lies where its dtype wants it.
 
 Shapes: K page, N token of a page, T token, B sequence, X page of a sequence, G KV head, H heads of
-one bucket, C columns of a head, P columns of all heads, Y bytes of all heads.
+one bucket, C columns of a head, P columns of all heads, Y bytes of all heads, F = 2 D, [key |
+value].
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ from torch import Tensor
 
 from matkv.errors import CacheError
 from matkv.latents.layer import LayerProjection
-
-Storage = tuple[int, int, torch.dtype]
+from matkv.latents.native import Paged, Storage, can_encode, encode_paged
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The row of one token: `storages` are heads, columns and dtype of the projection's tensors."""
+    """The row of one token.
+
+    `storages` are heads, columns and dtype of the projection's tensors, `heads` its `layout`.
+    """
 
     storages: tuple[Storage, ...]
     dtype: torch.dtype
+    heads: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, projection: LayerProjection, dtype: torch.dtype) -> Layout:
-        return cls(tuple(projection.storages(dtype)), dtype)
+        return cls(tuple(projection.storages(dtype)), dtype, projection.layout)
 
     def columns(self, *, codes: bool) -> int:
         """P, or Y for codes."""
@@ -62,13 +66,11 @@ class Layout:
         flat = torch.empty(0, dtype=torch.uint8, device=cache.device)
         flat.set_(cache.untyped_storage())
         whole = flat[: len(flat) - len(flat) % size].view(self.dtype)
-        return Pages(
-            self,
-            whole.as_strided(
-                (pages, tokens, numbers), (stride // size, numbers, 1), offset // size
-            ),
-            flat.as_strided((pages, tokens, codes), (stride, codes, 1), offset + plane),
+        numbers_KNP = whole.as_strided(
+            (pages, tokens, numbers), (stride // size, numbers, 1), offset // size
         )
+        codes_KNY = flat.as_strided((pages, tokens, codes), (stride, codes, 1), offset + plane)
+        return Pages(self, Paged.of(numbers_KNP, codes_KNY, self.heads, self.storages))
 
     def _plane(self, codes: bool) -> list[Storage]:
         return [one for one in self.storages if (one[2] == torch.uint8) == codes]
@@ -76,21 +78,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pages:
-    """All pages of one layer: `numbers_KNP` in the model's dtype, and `codes_KNY`."""
+    """All pages of one layer."""
 
     layout: Layout
-    numbers_KNP: Tensor
-    codes_KNY: Tensor
+    paged: Paged
 
     @property
     def tokens(self) -> int:
         """N."""
-        return self.numbers_KNP.shape[1]
+        return self.paged.tokens
+
+    def put(self, projection: LayerProjection, states_TGF: Tensor, slots_T: Tensor) -> None:
+        """Rows of the keys and values of new tokens, `joined`, into their slots."""
+        states_BGTF, coder = states_TGF.transpose(0, 1)[None], projection.coder
+        if coder is not None and can_encode(coder, states_BGTF):
+            encode_paged(coder, states_TGF, projection.order, self.paged, slots_T)
+        else:
+            self.write(projection.encode_states(states_BGTF), slots_T)
 
     def write(self, rows: Sequence[Tensor], slots_T: Tensor) -> None:
         """Rows of new tokens, [1HTC] as `LayerProjection.encode` gives them, into their slots."""
         page_T, place_T = slots_T // self.tokens, slots_T % self.tokens
-        for codes, plane in ((False, self.numbers_KNP), (True, self.codes_KNY)):
+        for codes, plane in self._planes():
             if plane.shape[2]:
                 parts = [
                     one[0].transpose(0, 1).flatten(1)
@@ -103,9 +112,13 @@ class Pages:
         """Rows of whole pages, a tensor [B H T C] for every storage, T = X N."""
         planes = {
             codes: iter(self._split(plane[pages_BX].flatten(1, 2), codes))
-            for codes, plane in ((False, self.numbers_KNP), (True, self.codes_KNY))
+            for codes, plane in self._planes()
         }
         return [next(planes[dtype == torch.uint8]) for _, _, dtype in self.layout.storages]
+
+    def _planes(self) -> tuple[tuple[bool, Tensor], ...]:
+        """Whether a plane is of codes, and it."""
+        return (False, self.paged.numbers_KNP), (True, self.paged.codes_KNY)
 
     def _split(self, plane_BTX: Tensor, codes: bool) -> list[Tensor]:
         storages = [one for one in self.layout.storages if (one[2] == torch.uint8) == codes]

@@ -94,9 +94,9 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             return StepBuilder.latest[1]
         lengths = common.seq_lens_cpu_upper_bound
         step = Step.of(
-            common.block_table_tensor.long(),
+            common.block_table_tensor.int(),
             common.slot_mapping[: common.num_actual_tokens].long(),
-            common.seq_lens,
+            common.seq_lens.int(),
             common.query_start_loc_cpu.tolist(),
             (common.seq_lens if lengths is None else lengths).tolist(),
         )

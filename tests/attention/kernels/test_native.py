@@ -27,6 +27,7 @@ from matkv.attention.latent import attend, attend_paged
 from matkv.latents import compiled
 from matkv.latents.latents import Latents
 from matkv.latents.layer import per_head
+from matkv.latents.native import Paged, encode_paged
 from matkv.ranks import LayerBands
 from one_query import SCALING, D, G, check, padding, queries
 from tiny import greedy, largest_difference, left_padded, tokens
@@ -237,8 +238,14 @@ def test_nothing_behind_the_rows_is_read(decode: Any, made: Any, length: int) ->
 # ---- pages
 
 
-def paged(latents: Latents, lengths: list[int], page: int, *, seed: int = 0) -> native.Paged:
-    """The rows in pages of one buffer, dealt out anyhow; what holds no token is not a number."""
+def paged(
+    latents: Latents, ranges: list[list[tuple[int, int]]], page: int, *, seed: int = 0
+) -> tuple[Paged, native.Reads]:
+    """The rows in pages of one buffer, dealt out anyhow; what holds no token is not a number.
+
+    Every sequence has the tokens up to the end of its last range.
+    """
+    lengths = [max(last for _, last in own) for own in ranges]
     projection, rows = latents.projection, latents.rows
     dtype, batch = rows[0].dtype, len(lengths)
     kinds = 1 if projection.coder is None else 2
@@ -266,7 +273,9 @@ def paged(latents: Latents, lengths: list[int], page: int, *, seed: int = 0) -> 
             numbers_KNP[place] = planes[0][b, t]
             if kinds == 2:
                 codes_KNY[place] = planes[1][b, t]
-    return native.Paged(numbers_KNP, codes_KNY, table, torch.tensor(lengths, dtype=torch.int32))
+    storages = projection.storages(dtype)
+    rows_in_pages = Paged.of(numbers_KNP, codes_KNY, projection.layout, storages)
+    return rows_in_pages, native.Reads(table, torch.tensor(ranges, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
@@ -275,9 +284,9 @@ def test_pages_equal_rows(decode: Any, made: Any, page: int) -> None:
     make, table = made
     latents, lengths = make(table, 4, 131), [131, 1, 16, 77]
     query = queries(4, 3)
-    in_pages = paged(latents, lengths, page)
+    in_pages, reads = paged(latents, [[(0, length)] for length in lengths], page)
     with torch.no_grad():
-        out, _ = attend_paged(in_pages, latents.projection, query, SCALING)
+        out, _ = attend_paged(in_pages, reads, latents.projection, query, SCALING)
     for b, length in enumerate(lengths):
         rows = [row[b : b + 1, :, :length] for row in latents.rows]
         own = Latents(latents.projection, rows)
@@ -285,25 +294,56 @@ def test_pages_equal_rows(decode: Any, made: Any, page: int) -> None:
         assert largest_difference(out[b], expected[0]) < 2e-6
 
 
-def test_pages_take_a_mask_and_an_empty_sequence(decode: Any) -> None:
-    latents = coded_layer(MIXED, 2, 60)
+RANGES = [[(3, 20), (41, 60)], [(0, 0), (0, 60)], [(0, 60), (60, 60)], [(5, 5), (9, 8)]]
+
+
+@every_mix
+def test_pages_are_read_in_ranges(decode: Any, bands: tuple[LayerBands, LayerBands]) -> None:
+    latents = coded_layer(bands, 4, 60)
     projection = latents.projection
-    query = torch.randn(2, G, 2, projection.width, generator=torch.Generator().manual_seed(0))
-    mask = padding((20,), 60, torch.float32)
-    in_pages = paged(latents, [60, 0], 16)
-    out, lse = native.decode_paged(query, in_pages, projection, SCALING, mask)
-    rows = [row[:1] for row in latents.rows]
-    expected, sums = native.decode(query[:1], rows, projection, mask, SCALING)
-    assert torch.equal(out[:1], expected) and torch.equal(lse[:1], sums)
-    assert not out[1].any() and bool((lse[1] == -torch.inf).all())
+    query = torch.randn(4, G, 2, projection.width, generator=torch.Generator().manual_seed(0))
+    in_pages, reads = paged(latents, RANGES, 16)
+    out, lse = native.decode_paged(query, in_pages, reads, SCALING)
+    for b, ranges in enumerate(RANGES[:3]):
+        rows = [
+            torch.cat([row[b : b + 1, :, first:last] for first, last in ranges], dim=2)
+            for row in latents.rows
+        ]
+        expected, sums = native.decode(query[b : b + 1], rows, projection, None, SCALING)
+        torch.testing.assert_close(out[b : b + 1], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse[b : b + 1], sums)
+    assert not out[3].any() and bool((lse[3] == -torch.inf).all())
 
 
 def test_pages_of_another_dtype_are_refused(own: None) -> None:
     latents = coded_layer(MIXED, 1, 5)
-    in_pages = paged(latents, [5], 16)
+    in_pages, reads = paged(latents, [[(0, 5)]], 16)
     query = torch.zeros(1, G, 1, latents.projection.width, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="float32"):
-        native.decode_paged(query, in_pages, latents.projection, SCALING)
+        native.decode_paged(query, in_pages, reads, SCALING)
+
+
+@every_mix
+@pytest.mark.parametrize("page", [1, 16])
+def test_tokens_go_into_their_slots(
+    decode: Any, bands: tuple[LayerBands, LayerBands], page: int
+) -> None:
+    latents = coded_layer(bands, 1, 7)
+    projection = latents.projection
+    in_pages, reads = paged(latents, [[(0, 7)]], page)
+    before = in_pages.numbers_KNP.clone(), in_pages.codes_KNY.clone()
+    states = torch.randn(7, G, 2 * D, generator=torch.Generator().manual_seed(1))
+    token_T = torch.arange(7)
+    slots_T = reads.table_BX[0].long()[token_T // page] * page + token_T % page
+    assert projection.coder is not None
+    encode_paged(projection.coder, states, projection.order, in_pages, slots_T)
+    rows = projection.encode_states(states.transpose(0, 1)[None])
+    for old, plane, kind in zip(
+        before, (in_pages.numbers_KNP, in_pages.codes_KNY), (0, 1), strict=True
+    ):
+        wanted = torch.cat([row[0].transpose(0, 1).flatten(1) for row in rows[kind::2]], dim=1)
+        old.flatten(0, 1)[slots_T] = wanted
+        assert torch.equal(old.view(torch.uint8), plane.contiguous().view(torch.uint8))
 
 
 # ---- who decodes

@@ -3,8 +3,8 @@
 `decode` reads the rows of matkv's own caches, `decode_paged` those in the pages of a server.
 
 Shapes: B sequence, G KV head, N heads of one bucket, X query head of a KV head, T cached token,
-C row columns, M view columns, P columns without codes, Y bytes. In pages: K page, N token of a
-page, X page of a sequence, P and Y of all heads.
+C row columns, M view columns, P columns without codes, Y bytes, R range of tokens. In pages: X page
+of a sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from matkv.latents.coding import Coder
 from matkv.latents.compiled import kernel
 from matkv.latents.layer import LayerProjection
-from matkv.latents.native import DTYPES, HEAD, fill, heads_of
+from matkv.latents.native import DTYPES, Heads, Paged, fill, heads_of
 
 
 class _Call(ctypes.Structure):
@@ -28,29 +28,25 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "out", "lse", "heads", "mask")),
-        *((name, ctypes.c_void_p) for name in ("table", "lengths", "gains", "parallel")),
+        *((name, ctypes.c_void_p) for name in ("table", "ranges", "gains", "parallel")),
         *((name, ctypes.c_int64) for name in ("B", "G", "X", "M", "dtype", "tokens")),
         *((name, ctypes.c_int64) for name in ("mask_stride", "table_stride", "block", "threads")),
+        ("R", ctypes.c_int64),
         ("scaling", ctypes.c_double),
     )
 
 
 @dataclass(frozen=True)
-class Paged:
-    """Rows of many sequences' tokens in pages, as serving engines keep them.
+class Reads:
+    """What one query of every sequence reads: tokens of some ranges of its own, in its pages.
 
-    Token t of sequence b is at place t % N of page `table_BX[b, t // N]`: its columns without codes
-    in `numbers_KNP`, in the model's dtype, and its bytes in `codes_KNY`, uint8. In both heads
-    follow one another in the projection's order, each with its key and its value, as `row_layout`
-    says; only the last axis must be dense, so both may be views of one buffer. A plane without
-    columns is not read, and neither is what lies behind the first `lengths_B` tokens of a sequence.
-    `table_BX` and `lengths_B` are int32.
+    Token t of sequence b is at place t % N of page `table_BX[b, t // N]`. Of each pair in
+    `ranges_BR2` the first token is read, and the last is not; ranges may be empty, and must not
+    overlap. What is outside of them is not read, whatever it is. Both are int32.
     """
 
-    numbers_KNP: Tensor
-    codes_KNY: Tensor
     table_BX: Tensor
-    lengths_B: Tensor
+    ranges_BR2: Tensor
 
 
 def decode(
@@ -68,54 +64,39 @@ def decode(
     heads = heads_of(projection.layout)
     fill(heads, rows, [bucket.heads for bucket in projection.buckets])
     tokens = rows[0].shape[2]
-    return _run(query_BGXM, heads, mask, scaling, tokens=tokens, block=max(1, tokens))
+    return _run(query_BGXM, heads, mask, scaling, tokens=tokens, block=max(1, tokens), R=1)
 
 
 def decode_paged(
-    query_BGXM: Tensor,
-    paged: Paged,
-    projection: LayerProjection,
-    scaling: float,
-    mask: Tensor | None = None,
+    query_BGXM: Tensor, paged: Paged, reads: Reads, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """`decode` of rows in pages: one query position a sequence over its own length of tokens.
+    """`decode` of rows in pages: one query position a sequence over its own ranges of tokens.
 
     Queries are `per_head(projection.enter(query_BHQD), projection.query)` in the dtype of the
     numbers, and outputs wait for `projection.output` and `leave`, as in `cpu.decode`; see
-    `matkv.attention.latent.attend_paged` for all of it. `mask` is additive, [B|1 1 1 T], T at least
-    the longest length. A sequence of length 0 gets zeros and a log-sum-exp of minus infinity.
+    `matkv.attention.latent.attend_paged` for all of it. A sequence that reads nothing gets zeros
+    and a log-sum-exp of minus infinity.
 
     [BGXM -> BGXM, BGX]
 
     Raises:
         RuntimeError: there is no compiled kernel here; `compiled.kernel()` tells.
     """
-    heads = heads_of(projection.layout)
-    kinds = 1 if projection.coder is None else 2
-    storages = projection.storages(query_BGXM.dtype)
-    for kind, plane in enumerate((paged.numbers_KNP, paged.codes_KNY)[:kinds]):
-        size, (page, token, dense) = plane.element_size(), plane.stride()
-        assert dense == 1 or plane.shape[2] < 2, "columns are not dense"
-        address, g = plane.data_ptr(), 0
-        for count, columns, dtype in storages[kind::kinds]:
-            assert dtype == plane.dtype, f"pages hold {plane.dtype}, not {dtype}"
-            for _ in range(count):
-                first = HEAD * g + 3 * kind
-                heads[first : first + 3] = [address, page * size, token * size]
-                address, g = address + columns * size, g + 1
-    table_BX, lengths_B = paged.table_BX, paged.lengths_B
-    assert table_BX.dtype == lengths_B.dtype == torch.int32, "pages and lengths are not int32"
-    table_BX, lengths_B = table_BX.contiguous(), lengths_B.contiguous()
+    table_BX, ranges_BR2 = reads.table_BX, reads.ranges_BR2
+    held = paged.numbers_KNP.dtype
+    assert held == query_BGXM.dtype, f"pages hold {held}, not {query_BGXM.dtype}"
+    assert table_BX.dtype == ranges_BR2.dtype == torch.int32, "pages and ranges are not int32"
+    table_BX, ranges_BR2 = table_BX.contiguous(), ranges_BR2.contiguous()
     return _run(
-        query_BGXM, heads, mask, scaling,
-        table=table_BX.data_ptr(), table_stride=table_BX.shape[1], lengths=lengths_B.data_ptr(),
-        block=paged.numbers_KNP.shape[1],
+        query_BGXM, paged.heads, None, scaling,
+        table=table_BX.data_ptr(), table_stride=table_BX.shape[1],
+        ranges=ranges_BR2.data_ptr(), R=ranges_BR2.shape[1], block=paged.tokens,
     )  # fmt: skip
 
 
 def _run(
     query_BGXM: Tensor,
-    heads: ctypes.Array[ctypes.c_int64],
+    heads: Heads,
     mask: Tensor | None,
     scaling: float,
     **places: int,
