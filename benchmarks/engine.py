@@ -5,7 +5,7 @@
 A line of input is a request, and is answered by a line. The first has vLLM's arguments, and is
 answered by the tokens that its cache holds, as vLLM says. Every other is a round: prompts that are
 given at once, each {"tokens": [...], "new": n}, answered by their tokens, the seconds of all and of
-every step, what of the prompts was in the prefix cache, and preemptions so far.
+every step, what of the prompts was in the prefix cache, and preemptions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def run(arguments: dict[str, Any], rounds: list[Round], **settings: str) -> dict
     """
     with started(arguments, **settings) as engine:
         answers = [engine.round(prompts) for prompts in rounds]
-        last = answers[-1] if answers else {}
-        return {"rounds": answers, "fits": engine.fits, "preemptions": last.get("preemptions", 0)}
+        preemptions = sum(one["preemptions"] for one in answers)
+        return {"rounds": answers, "fits": engine.fits, "preemptions": preemptions}
 
 
 def matkv(artifact: Path | str, budget: float, **options: Any) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def served(llm: Any, prompts: Round, number: int) -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind
 
     engine, names = llm.llm_engine, [f"{number}-{index}" for index in range(len(prompts))]
-    start = time.perf_counter()
+    before, start = preempted(llm), time.perf_counter()
     for name, one in zip(names, prompts, strict=True):
         how = SamplingParams(
             temperature=0, max_tokens=one["new"], detokenize=False, ignore_eos=True,
@@ -154,14 +155,19 @@ def served(llm: Any, prompts: Round, number: int) -> dict[str, Any]:
         ended |= {out.request_id: out for out in engine.step() if out.finished}
         steps.append(time.perf_counter())
     outs = [ended[name] for name in names]
-    metrics = {one.name: getattr(one, "value", None) for one in llm.get_metrics()}
     return {
         "seconds": steps[-1] - start,
-        "steps": [after - before for before, after in zip(steps, steps[1:], strict=False)],
+        "steps": [after - before for before, after in pairwise(steps)],
         "tokens": [list(out.outputs[0].token_ids) for out in outs],
         "cached": [out.num_cached_tokens for out in outs],
-        "preemptions": metrics["vllm:num_preemptions"],
+        "preemptions": preempted(llm) - before,
     }
+
+
+def preempted(llm: Any) -> int:
+    """Preemptions so far."""
+    metrics = {one.name: getattr(one, "value", None) for one in llm.get_metrics()}
+    return int(metrics["vllm:num_preemptions"] or 0)
 
 
 def answer(found: dict[str, Any]) -> None:

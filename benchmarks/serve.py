@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("what", choices=whats)
     parser.add_argument("--run", default=RUN)
     parser.add_argument("--budget", type=float, default=0.25)
-    parser.add_argument(
-        "--requests", type=int, help="64 of the trace, 32 to compare, 2,000 to load"
-    )
+    parser.add_argument("--requests", type=int, help="64, to compare 32, to load 2,000")
     parser.add_argument("--new", type=int, help="tokens of an answer: 64, to compare 24")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
@@ -95,21 +93,16 @@ def trace(given: argparse.Namespace) -> None:
     memory = 6 * (1024 + new) * full.bytes_per_token(getattr(torch, given.dtype))
     arguments = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_memory_bytes": memory}
     seconds: list[list[float]] = []
-    before = [0, 0]
     with ExitStack() as stack:
         engines = both(given, arguments, stack)
         for _ in range(given.turns):
             seconds.append([])
-            for place, (name, one) in enumerate(engines.items()):
+            for name, one in engines.items():
                 found = one.round(prompts, forget=True)
                 seconds[-1].append(found["seconds"])
-                preempted, before[place] = (
-                    found["preemptions"] - before[place],
-                    found["preemptions"],
-                )
                 print(
                     f"{name:6} {one.fits:,} tokens fit, {len(sizes) / found['seconds']:.3f} "
-                    f"requests/s, {preempted} preemptions",
+                    f"requests/s, {found['preemptions']} preemptions",
                     flush=True,
                 )
     ratio = statistics.median(full / kept for full, kept in seconds)
@@ -238,8 +231,11 @@ def compare(found: list[list[int]], wanted: list[list[int]]) -> tuple[str, list[
     ]
     differ = [(index, place) for index, place in enumerate(places) if place < len(wanted[index])]
     same, total = len(found) - len(differ), sum(map(len, wanted))
-    told = f"{same} of {len(found)} sequences equal, {sum(places)} of {total} tokens before any differs"
-    return told, differ
+    return (
+        f"{same} of {len(found)} sequences equal, {sum(places)} of {total} tokens before any "
+        "differs",
+        differ,
+    )
 
 
 @torch.no_grad()

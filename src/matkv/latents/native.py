@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # then `row_layout` of key and value.
 PLACES, HEAD = 6, 20
 # With more tokens than this at once torch's matrix products are faster.
-MOST_TOKENS = 8
+MOST_TOKENS = 64
 
 Heads = ctypes.Array[ctypes.c_int64]
 Layout = tuple[tuple[int, ...], ...]

@@ -344,7 +344,8 @@ static int64_t end_of_codes(const struct side *side) {
 /* ---- a thread's room */
 
 struct room {
-  struct plan key, value;
+  struct plan key, value; /* of head `planned` */
+  int64_t planned;
   floats *query;   /* [X slot] of a group of query heads */
   floats *sum;     /* [X TILE]: products of one token's columns, to be added up */
   floats *out;     /* [X slot] */
@@ -373,6 +374,7 @@ static int make_room(struct room *room, int64_t M, int64_t codes, int64_t number
   for (int i = 0; i < 12; i++) total += size[i];
   room->memory = malloc(total);
   if (!room->memory) return 0;
+  room->planned = -1;
   char *at = (char *)(((uintptr_t)room->memory + 63) / 64 * 64);
   void *part[12];
   for (int i = 0; i < 12; i++) part[i] = at, at += size[i];
@@ -408,14 +410,19 @@ static void find_rows(struct room *room, const struct call *call, const struct h
   int64_t row_codes = end_of_codes(&head->value);
   int64_t row_numbers = (head->key.numbers + head->value.numbers) * itemsize;
   int has_codes = head->key.gain >= 0 || head->value.gain >= 0;
-  for (int t = 0; t < count; t++) {
-    int64_t token = first + t, which = token / call->block, place = token % call->block;
-    int64_t block = call->table ? call->table[item->b * call->table_stride + which] : item->b;
-    int64_t left = call->block - place < item->end - token ? call->block - place : item->end - token;
-    const char *numbers = (const char *)head->numbers + block * head->numbers_block +
-                          place * head->numbers_token;
-    const char *codes =
-        (const char *)head->codes + block * head->codes_block + place * head->codes_token;
+  int64_t which = first / call->block, place = first % call->block;
+  const char *numbers_of_block = NULL, *codes_of_block = NULL;
+  for (int t = 0; t < count; t++, place++) {
+    if (place == call->block) place = 0, which++;
+    if (place == 0 || t == 0) {
+      int64_t block = call->table ? call->table[item->b * call->table_stride + which] : item->b;
+      numbers_of_block = (const char *)head->numbers + block * head->numbers_block;
+      codes_of_block = (const char *)head->codes + block * head->codes_block;
+    }
+    int64_t left = item->end - first - t;
+    left = call->block - place < left ? call->block - place : left;
+    const char *numbers = numbers_of_block + place * head->numbers_token;
+    const char *codes = codes_of_block + place * head->codes_token;
     if (row_numbers && (left - 1) * head->numbers_token < 4 * W) {
       char *copy = room->spare_numbers + t * (row_numbers + 4 * W);
       numbers = memcpy(copy, numbers, row_numbers);
@@ -635,8 +642,11 @@ INLINE void attend(struct room *room, const struct call *call, const struct item
 
 static void attend_item(struct room *room, const struct call *call, const struct item *item) {
   int64_t itemsize = call->dtype == FP32 ? 4 : 2;
-  make_plan(&room->key, &call->heads[item->g].key, itemsize);
-  make_plan(&room->value, &call->heads[item->g].value, itemsize);
+  if (room->planned != item->g) {
+    make_plan(&room->key, &call->heads[item->g].key, itemsize);
+    make_plan(&room->value, &call->heads[item->g].value, itemsize);
+    room->planned = item->g;
+  }
   for (int64_t x = 0; x < call->X;) {
     int64_t left = call->X - x;
     if (left >= 4)
@@ -666,7 +676,8 @@ static void work(void *data) {
 
 /* ---- the call */
 
-/* Puts the parts of one head together, `count` items in a row. */
+/* Puts the parts of one head together, `count` items in a row, whose largest scores become their
+ * shares. */
 static void merge(const struct call *call, const struct item *items, int64_t count, int64_t b,
                   int64_t g) {
   int64_t M = call->M, itemsize = call->dtype == FP32 ? 4 : 2;
@@ -676,12 +687,14 @@ static void merge(const struct call *call, const struct item *items, int64_t cou
     char *out = call->out + place * M * itemsize;
     float most = -FLT_MAX, total = 0;
     for (int64_t i = 0; i < count; i++) most = items[i].most[x] > most ? items[i].most[x] : most;
-    for (int64_t i = 0; i < count; i++) total += items[i].total[x] * expf(items[i].most[x] - most);
+    for (int64_t i = 0; i < count; i++) {
+      items[i].most[x] = expf(items[i].most[x] - most);
+      total += items[i].total[x] * items[i].most[x];
+    }
     memset(out, 0, (M - rank) * itemsize);
     for (int64_t m = 0; m < rank; m++) {
       float sum = 0;
-      for (int64_t i = 0; i < count; i++)
-        sum += items[i].part[x * M + m] * expf(items[i].most[x] - most);
+      for (int64_t i = 0; i < count; i++) sum += items[i].part[x * M + m] * items[i].most[x];
       store_number(out + (M - rank + m) * itemsize, count ? sum / total : 0, (int)call->dtype);
     }
     call->lse[place] = count ? most + logf(total) : -INFINITY;
@@ -738,8 +751,8 @@ int matkv_decode(const struct call *call) {
     return 1;
   }
   int64_t next = 0;
-  for (int64_t b = 0; b < call->B; b++)
-    for (int64_t g = 0; g < call->G; g++)
+  for (int64_t g = 0; g < call->G; g++) /* heads first: a head's plan serves all sequences */
+    for (int64_t b = 0; b < call->B; b++)
       for (int64_t r = 0; r < call->R; r++) {
         struct range range = range_of(call, b, r);
         for (int64_t first = range.first; first < range.last; first += part, next++) {
@@ -755,8 +768,8 @@ int matkv_decode(const struct call *call) {
   else
     work(&job);
   next = 0;
-  for (int64_t b = 0; b < call->B && !job.failed; b++)
-    for (int64_t g = 0; g < call->G; g++) {
+  for (int64_t g = 0; g < call->G && !job.failed; g++)
+    for (int64_t b = 0; b < call->B; b++) {
       int64_t own = items_of(call, b, part);
       merge(call, job.items + next, own, b, g);
       next += own;
