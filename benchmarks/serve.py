@@ -159,8 +159,11 @@ def equal(given: argparse.Namespace) -> None:
     model, tokenizer = load_model(artifact.base_model, given.dtype)
     rng, texts = random.Random(0), read_texts("default", "validation")
     sizes = [rng.choice((4, 15, 16, 17, 40, 90, 200, 300)) for _ in range(count)]
-    ids = [tokenizer(texts[index])["input_ids"] for index in range(count)]
-    prompts = [one[:size] for one, size in zip(ids, sizes, strict=True)]
+    prompts = []
+    for index, size in enumerate(sizes):
+        ids = tokenizer(texts[index % len(texts)])["input_ids"]
+        first = rng.randrange(max(1, len(ids) - size))
+        prompts.append(ids[first : first + size])
     for kind, table in KINDS.items():
         for name, exact in EXACT.items():
             attached: Any = attach(model, artifact, given.budget, **table, **exact)

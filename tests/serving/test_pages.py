@@ -18,7 +18,6 @@ from matkv.latents import compiled
 from matkv.latents.layer import LayerProjection
 from matkv.ranks import RankTable
 from matkv.vllm import attention
-from matkv.vllm import exact as exact_tokens
 from matkv.vllm import pages as paging
 from matkv.vllm.attention import Near, Step, attend_step
 from matkv.vllm.exact import ExactRows
@@ -96,8 +95,7 @@ def test_a_step_is_attention_of_every_sequence_by_itself(
 ) -> None:
     """Sequences of one new token and of several, some with earlier tokens, pages in any order."""
     if by == "torch":
-        for module in (attention, exact_tokens):
-            monkeypatch.setattr(module, "has_kernel", lambda query: False)
+        monkeypatch.setattr(attention, "_has_kernel", lambda query: False)
         monkeypatch.setattr(paging, "can_encode", lambda *_: False)
     elif compiled.kernel() is None:
         pytest.skip("there is no C compiler")
@@ -120,7 +118,9 @@ def test_a_step_is_attention_of_every_sequence_by_itself(
             for b, count, end in zip(chosen, counts, ends, strict=True)
         ]
         query, key, value = (torch.cat(one) for one in zip(*parts, strict=True))
-        return attend_step(pages, projection, step, query, key, value, scaling=0.3, near=near)
+        out = torch.full_like(query, torch.nan)
+        attend_step(pages, projection, step, query, key, value, out, scaling=0.3, near=near)
+        return out
 
     earlier = [b for b in range(5) if BEFORES[b]]
     counts = [BEFORES[b] for b in earlier]
@@ -203,5 +203,6 @@ def test_a_layer_without_any_columns_still_has_pages() -> None:
     query, key, value = states(3, 0)
     pages = empty(Layout.of(projection, torch.float32))
     step = step_of(torch.tensor([[1]]), PAGE, [3], [3])
-    out = attend_step(pages, projection, step, query, key, value, scaling=1.0)
+    out = torch.full_like(query, torch.nan)
+    attend_step(pages, projection, step, query, key, value, out, scaling=1.0)
     assert torch.equal(out, torch.zeros_like(out))

@@ -29,7 +29,7 @@ from matkv.errors import UnsupportedModelError
 from matkv.latents import compiled
 from matkv.latents.latents import Exact, Fixed, Latents
 from matkv.latents.layer import LayerProjection, per_head
-from matkv.latents.native import DTYPES, Paged
+from matkv.latents.native import DTYPES
 
 # Numbers of latents that are made from codes at a time, and the fewest tokens of them.
 CACHED_NUMBERS, LEAST_STRETCH = 1 << 19, 64
@@ -61,28 +61,6 @@ def attend(
     mask = None if mask is None else additive(mask, latents.rows[0].dtype)
     out_BHQD, _ = _attend_rows(latents, query_BHQD, mask, scaling, dropout, _sdpa)
     return out_BHQD
-
-
-def attend_paged(
-    paged: Paged,
-    reads: native.Reads,
-    projection: LayerProjection,
-    query_BHQD: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one query position a sequence over what it reads in pages, Q = 1.
-
-    The second result is the log of the weights' sum, minus infinity where a sequence reads no
-    tokens.  [BHQD -> BHQD, BHQ]
-
-    Raises:
-        RuntimeError: there is no compiled kernel here; `compiled.kernel()` tells.
-    """
-    dtype = paged.numbers_KNP.dtype
-    query_BGXM = per_head(projection.enter(query_BHQD), projection.query).to(dtype)
-    out_BGXM, lse_BGX = native.decode_paged(query_BGXM, paged, reads, scaling)
-    out_BHQD = projection.leave(per_head(out_BGXM, projection.output), 1)
-    return out_BHQD.to(query_BHQD.dtype), projection.leave(lse_BGX, 1)
 
 
 def attend_part_of(

@@ -46,6 +46,7 @@ class Kernel:
 
     decode: ctypes._NamedFuncPointer
     encode: ctypes._NamedFuncPointer
+    step: ctypes._NamedFuncPointer
     parallel: int
 
 
@@ -97,14 +98,14 @@ def built(instructions: str) -> Kernel:
         if not target.is_file():
             _compile([*command, *flags], target)
         library = ctypes.CDLL(str(target))
-        decode, encode = library.matkv_decode, library.matkv_encode
+        functions = library.matkv_decode, library.matkv_encode, library.matkv_step
     except OSError as error:
         raise NoKernelError(
             f"{first_line(error)}; free space or set MATKV_CACHE to another folder"
         ) from error
-    for function in (decode, encode):
+    for function in functions:
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
-    return Kernel(decode, encode, _parallel())
+    return Kernel(*functions, _parallel())
 
 
 def compiler() -> list[str]:

@@ -30,6 +30,7 @@
 #define TILE 64        /* tokens */
 #define GROUP 4        /* query heads that share one unpacking */
 #define LEAST_PART 512 /* tokens worth waking a thread for */
+#define LEAST_CROSSING (1 << 19) /* products of maps that are */
 #define PARTS 4        /* parts a thread, so that no thread waits long for another */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -62,7 +63,7 @@ typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
 
 struct call {
   const char *query; /* [B G X M] */
-  char *out;         /* [B G X M], the value's columns last */
+  char *out;         /* [B G X M], the value's columns last; both in fp32 where `wide` */
   float *lse;        /* [B G X] */
   const struct head *heads;
   const char *mask;       /* [B T] to add to scores, or null */
@@ -70,7 +71,7 @@ struct call {
   const int32_t *ranges;  /* [B R 2]: first and last of the tokens read; null: all `tokens` */
   const float *gains;     /* what every byte of a gain means */
   parallel_fn parallel;   /* OpenMP's, or null */
-  int64_t B, G, X, M, dtype, tokens, mask_stride, table_stride, block, threads, R;
+  int64_t B, G, X, M, dtype, tokens, mask_stride, table_stride, block, threads, R, wide;
   double scaling;
 };
 
@@ -575,7 +576,8 @@ INLINE float weigh(struct room *room, int count, int x, int X, float scaling, fl
 static float place_query(struct room *room, const struct call *call, const struct item *item,
                          int64_t x, int place) {
   struct plan *plan = &room->key;
-  int64_t itemsize = call->dtype == FP32 ? 4 : 2;
+  int dtype = call->wide ? FP32 : (int)call->dtype;
+  int64_t itemsize = dtype == FP32 ? 4 : 2;
   const char *query = call->query + ((item->b * call->G + item->g) * call->X + x) * call->M * itemsize;
   float *out = (float *)(room->query + place * plan->slots);
   double offset = 0;
@@ -583,7 +585,7 @@ static float place_query(struct room *room, const struct call *call, const struc
     const struct chunk *chunk = &plan->chunk[c];
     for (int i = chunk->slot * W; i < (chunk->slot + PLANES[chunk->kind]) * W; i++) {
       int32_t column = plan->column[i];
-      out[i] = column < 0 ? 0 : number_at(query + column * itemsize, (int)call->dtype);
+      out[i] = column < 0 ? 0 : number_at(query + column * itemsize, dtype);
       offset += out[i] * SHORT[chunk->kind];
     }
   }
@@ -680,7 +682,8 @@ static void work(void *data) {
  * shares. */
 static void merge(const struct call *call, const struct item *items, int64_t count, int64_t b,
                   int64_t g) {
-  int64_t M = call->M, itemsize = call->dtype == FP32 ? 4 : 2;
+  int dtype = call->wide ? FP32 : (int)call->dtype;
+  int64_t M = call->M, itemsize = dtype == FP32 ? 4 : 2;
   int64_t rank = rank_of(&call->heads[g].value);
   for (int64_t x = 0; x < call->X; x++) {
     int64_t place = (b * call->G + g) * call->X + x;
@@ -695,7 +698,7 @@ static void merge(const struct call *call, const struct item *items, int64_t cou
     for (int64_t m = 0; m < rank; m++) {
       float sum = 0;
       for (int64_t i = 0; i < count; i++) sum += items[i].part[x * M + m] * items[i].most[x];
-      store_number(out + (M - rank + m) * itemsize, count ? sum / total : 0, (int)call->dtype);
+      store_number(out + (M - rank + m) * itemsize, count ? sum / total : 0, dtype);
     }
     call->lse[place] = count ? most + logf(total) : -INFINITY;
   }
@@ -778,6 +781,122 @@ int matkv_decode(const struct call *call) {
   return job.failed;
 }
 
+/* ---- a step of a server */
+
+/* y = x map, of so many rows and columns. */
+static void times(float *y, const float *x, const char *map, int64_t rows, int64_t columns,
+                  int dtype) {
+  int64_t size = dtype == FP32 ? 4 : 2;
+  for (int64_t j = 0; j < columns; j++) y[j] = 0;
+  for (int64_t i = 0; i < rows; i++) {
+    const char *row = map + i * columns * size;
+    int64_t j = 0;
+    for (; j + W <= columns; j += W) {
+      floats sum, e = dtype == FP32   ? numbers_at(row + j * size, FP32)
+                      : dtype == BF16 ? numbers_at(row + j * size, BF16)
+                                      : numbers_at(row + j * size, FP16);
+      memcpy(&sum, y + j, sizeof sum);
+      sum += e * x[i];
+      memcpy(y + j, &sum, sizeof sum);
+    }
+    for (; j < columns; j++) y[j] += x[i] * number_at(row + j * size, dtype);
+  }
+}
+
+struct step {
+  const char *query;   /* [T H D], heads and columns dense, tokens `query_t` numbers apart */
+  char *out;           /* the same */
+  const int64_t *tokens; /* [B]: which token is a sequence's; null: token b is sequence b's */
+  const char *query_map, *output_map; /* [G D M] and [G M D] */
+  const int64_t *order;               /* [G]: a head's place in the model's order */
+  struct call far, near; /* on latents; and on whole keys and values, heads in the model's order, or
+                          * without heads where there is no such part */
+  int64_t D, dtype, map_dtype, query_t, out_t;
+};
+
+struct crossing {
+  struct step *step;
+  int64_t next;
+  int back, failed;
+};
+
+/* One head's queries, into the basis and as they are; or its outputs, out of it and put together. */
+static void cross_head(const struct step *step, int64_t b, int64_t g, int back, float *room) {
+  const struct call *far = &step->far, *near = &step->near;
+  int64_t D = step->D, M = far->M, X = far->X, head = step->order[g] * X;
+  int64_t t = step->tokens ? step->tokens[b] : b, size = step->dtype == FP32 ? 4 : 2;
+  int64_t map = g * D * M * (step->map_dtype == FP32 ? 4 : 2);
+  for (int64_t x = 0; x < X; x++) {
+    int64_t place = (b * far->G + g) * X + x, own = b * far->G * X + head + x;
+    float *whole = room;
+    if (!back) {
+      const char *query = step->query + (t * step->query_t + (head + x) * D) * size;
+      if (near->heads) whole = (float *)near->query + own * D;
+      for (int64_t j = 0; j < D; j++) whole[j] = number_at(query + j * size, (int)step->dtype);
+      times((float *)far->query + place * M, whole, step->query_map + map, D, M,
+            (int)step->map_dtype);
+      continue;
+    }
+    times(whole, (float *)far->out + place * M, step->output_map + map, M, D,
+          (int)step->map_dtype);
+    char *out = step->out + (t * step->out_t + (head + x) * D) * size;
+    const float *other = (const float *)near->out + own * D;
+    float share = near->heads ? 1 / (1 + expf(near->lse[own] - far->lse[place])) : 1;
+    for (int64_t j = 0; j < D; j++) {
+      float number = near->heads ? other[j] + share * (whole[j] - other[j]) : whole[j];
+      store_number(out + j * size, number, (int)step->dtype);
+    }
+  }
+}
+
+static void cross(void *data) {
+  struct crossing *crossing = data;
+  const struct step *step = crossing->step;
+  float *room = malloc(step->D * sizeof(float));
+  if (!room) {
+    __atomic_store_n(&crossing->failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  int64_t next, count = step->far.B * step->far.G;
+  while ((next = __atomic_fetch_add(&crossing->next, 1, __ATOMIC_RELAXED)) < count)
+    cross_head(step, next % step->far.B, next / step->far.B, crossing->back, room);
+  free(room);
+}
+
+/* All heads, on as many threads as there is work for. */
+static int cross_all(struct step *step, int back) {
+  struct crossing crossing = {.step = step, .back = back};
+  int64_t heads = step->far.B * step->far.G * step->far.X, threads = step->far.threads;
+  int64_t useful = heads * step->D * step->far.M / LEAST_CROSSING;
+  threads = threads < useful ? threads : useful;
+  if (threads > 1 && step->far.parallel)
+    step->far.parallel(cross, &crossing, (unsigned)threads, 0);
+  else
+    cross(&crossing);
+  return crossing.failed;
+}
+
+/* Attention of one new token of every sequence, from its query to its output; 0, or 1 without
+ * memory. */
+int matkv_step(struct step *step) {
+  struct call *far = &step->far, *near = &step->near;
+  int64_t heads = far->B * far->G * far->X, width = 2 * (far->M + step->D + 1);
+  float *memory = malloc((heads * width + 1) * sizeof(float)), *at = memory;
+  if (!memory) return 1;
+  struct call *both[] = {far, near};
+  for (int i = 0; i < 2; i++) {
+    int64_t columns = i ? step->D : far->M;
+    both[i]->query = (char *)at, at += heads * columns;
+    both[i]->out = (char *)at, at += heads * columns;
+    both[i]->lse = at, at += heads;
+    both[i]->wide = 1;
+  }
+  int failed = cross_all(step, 0) || matkv_decode(far) || (near->heads && matkv_decode(near)) ||
+               cross_all(step, 1);
+  free(memory);
+  return failed;
+}
+
 /* ---- rows of new tokens */
 
 struct encoding {
@@ -826,24 +945,6 @@ static void encode_side(const struct encoding *call, const struct side *side, co
   }
 }
 
-/* y = x E, of one side. */
-static void coordinates(const struct encoding *call, float *y, const float *x, const char *map) {
-  int64_t D = call->D, size = call->map_dtype == FP32 ? 4 : 2;
-  for (int64_t j = 0; j < D; j++) y[j] = 0;
-  for (int64_t i = 0; i < D; i++) {
-    const char *row = map + i * D * size;
-    int64_t j = 0;
-    for (; j + W <= D; j += W) {
-      floats sum, e = call->map_dtype == FP32   ? numbers_at(row + j * size, FP32)
-                      : call->map_dtype == BF16 ? numbers_at(row + j * size, BF16)
-                                                : numbers_at(row + j * size, FP16);
-      memcpy(&sum, y + j, sizeof sum);
-      sum += e * x[i];
-      memcpy(y + j, &sum, sizeof sum);
-    }
-    for (; j < D; j++) y[j] += x[i] * number_at(row + j * size, (int)call->map_dtype);
-  }
-}
 
 /* Rows of new tokens, numbers and codes, into their places; 0, or 1 without memory. */
 int matkv_encode(const struct encoding *call) {
@@ -861,8 +962,8 @@ int matkv_encode(const struct encoding *call) {
         for (int64_t j = 0; j < F; j++)
           x[j] = number_at(call->states + (place + j) * itemsize, (int)call->dtype);
         for (int side = 0; side < 2; side++)
-          coordinates(call, y + side * D, x + side * D,
-                      call->maps + (g * 2 + side) * D * D * map_size);
+          times(y + side * D, x + side * D, call->maps + (g * 2 + side) * D * D * map_size, D, D,
+                (int)call->map_dtype);
         int64_t block = call->slots ? call->slots[t] / call->page : b;
         int64_t own = call->slots ? call->slots[t] % call->page : t;
         char *numbers =

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from matkv.attention.kernels import native
-from matkv.attention.latent import attend, attend_paged, attend_part_of
+from matkv.attention.latent import attend, attend_part_of
 from matkv.attention.parts import merge
+from matkv.latents import compiled
 from matkv.latents.latents import Latents
 from matkv.latents.layer import LayerProjection, joined
-from matkv.vllm.exact import ExactRows, has_kernel
+from matkv.latents.native import Paged
+from matkv.vllm.exact import ExactRows
 from matkv.vllm.pages import Pages
 
 
@@ -34,34 +36,34 @@ class Span:
 class Ones:
     """The sequences with one new token, which are computed at once.
 
-    `queries` are the places of these tokens among the step's, and `longest` is the most tokens
-    that one of them has. What the kernels read is the same in all layers, and made once.
+    `tokens_B` are the places of these tokens among the step's, None where they are all of them, and
+    `longest` is the most tokens that one of the sequences has. What is read is the same in all
+    layers, and made once.
     """
 
-    queries: Tensor | slice
+    tokens_B: Tensor | None
     pages_BX: Tensor
     lengths_B: Tensor
     longest: int
-    made: dict[tuple[str, int, int], native.Reads] = field(default_factory=dict)
+    made: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
-    def far(self, sink: int, reach: int) -> native.Reads:
+    def far(self, paged: Paged, sink: int, reach: int) -> native.Reads:
         """All tokens but the exact ones: after the first `sink`, before the last `reach`."""
-        if ("far", sink, reach) not in self.made:
+        key = "far", sink, reach
+        if key not in self.made:
             last_B = self.lengths_B - reach
-            ranges_BR2 = torch.stack((torch.full_like(last_B, sink), last_B), dim=1)[:, None]
-            self.made["far", sink, reach] = native.Reads(self.pages_BX, ranges_BR2)
-        return self.made["far", sink, reach]
+            self.made[key] = torch.stack((torch.full_like(last_B, sink), last_B), dim=1)[:, None]
+        return native.Reads(paged, self.pages_BX, self.made[key])
 
-    def near(self, sink: int, reach: int) -> native.Reads:
+    def near(self, paged: Paged, sink: int, reach: int) -> native.Reads:
         """The exact tokens: the first `sink` and the last `reach`."""
-        if ("near", sink, reach) not in self.made:
+        key = "near", sink, reach
+        if key not in self.made:
             last_B, none_B = self.lengths_B, torch.zeros_like(self.lengths_B)
             recent_B = (last_B - reach).clamp_min(sink)
             ranges_BR = torch.stack((none_B, last_B.clamp_max(sink), recent_B, last_B), dim=1)
-            self.made["near", sink, reach] = native.Reads(
-                self.pages_BX, ranges_BR.unflatten(1, (2, 2))
-            )
-        return self.made["near", sink, reach]
+            self.made[key] = ranges_BR.unflatten(1, (2, 2))
+        return native.Reads(paged, self.pages_BX, self.made[key])
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ class Step:
         ones = None
         if single:
             which: Tensor | slice = slice(None)
-            queries: Tensor | slice = slice(None)
+            tokens_B = None
             if len(single) < len(counts):
                 which = torch.tensor(single, device=pages_BX.device)
-                queries = torch.tensor([starts[i] for i in single], device=pages_BX.device)
+                tokens_B = torch.tensor([starts[i] for i in single], device=pages_BX.device)
             longest = max(ends[i] for i in single)
-            ones = Ones(queries, pages_BX[which], lengths_B[which], longest)
+            ones = Ones(tokens_B, pages_BX[which].contiguous(), lengths_B[which], longest)
         return cls(
             pages_BX=pages_BX,
             slots_T=slots_T,
@@ -133,20 +135,18 @@ def attend_step(
     query_THD: Tensor,
     key_TGD: Tensor,
     value_TGD: Tensor,
+    out_THD: Tensor,
     *,
     scaling: float,
     near: Near | None = None,
-) -> Tensor:
-    """Put the new tokens into their pages, and let them read all up to themselves.  [THD]"""
+) -> None:
+    """Put the new tokens into their pages, and let them read all up to themselves, into `out`."""
     states_TGF = joined(key_TGD, value_TGD)
     pages.put(projection, states_TGF, step.slots_T)
     if near is not None:
         near.rows.write(states_TGF, near.step.slots_T)
-    out_THD = torch.empty_like(query_THD)
     if step.ones is not None:
-        query_BHQD = query_THD[step.ones.queries][:, :, None]
-        decoded_BHQD = _decode(pages, projection, step.ones, query_BHQD, scaling, near)
-        out_THD[step.ones.queries] = decoded_BHQD[:, :, 0]
+        _decode(pages, projection, step.ones, query_THD, out_THD, scaling, near)
     for span in step.spans:
         seen, exact = slice(0, span.length), None
         if near is not None:
@@ -159,39 +159,39 @@ def attend_step(
         query_BHQD = query_THD[span.tokens].transpose(0, 1)[None]
         out_BHQD = attend(latents, query_BHQD, None, scaling=scaling)
         out_THD[span.tokens] = out_BHQD[0].transpose(0, 1)
-    return out_THD
 
 
 def _decode(
     pages: Pages,
     projection: LayerProjection,
     ones: Ones,
-    query_BHQD: Tensor,
+    query_THD: Tensor,
+    out_THD: Tensor,
     scaling: float,
     near: Near | None,
-) -> Tensor:
-    """The sequences with one new token, all at once.  [BHQD]"""
-    far = _decode_compiled if has_kernel(query_BHQD) else _decode_gathered
+) -> None:
+    """The sequences with one new token, all at once."""
     sink, reach = (0, 0) if near is None else (near.rows.sink, near.rows.reach)
-    reads = ones.far(sink, reach)
-    far_BHQD, lse_far_BHQ = far(pages, projection, reads, ones.longest, query_BHQD, scaling)
-    if near is None:
-        return far_BHQD
-    assert near.step.ones is not None
-    reads = near.step.ones.near(sink, reach)
-    return merge(far_BHQD, lse_far_BHQ, *near.rows.near(query_BHQD, reads, scaling))
+    far, exact = ones.far(pages.paged, sink, reach), None
+    if near is not None:
+        assert near.step.ones is not None
+        exact = near.step.ones.near(near.rows.paged, sink, reach)
+    if _has_kernel(query_THD):
+        native.attend_paged(
+            query_THD, out_THD, projection, far, exact, tokens_B=ones.tokens_B, scaling=scaling
+        )
+        return
+    which = slice(None) if ones.tokens_B is None else ones.tokens_B
+    query_BHQD = query_THD[which][:, :, None]
+    out_BHQD, lse_BHQ = _decode_gathered(pages, projection, far, ones.longest, query_BHQD, scaling)
+    if near is not None and exact is not None:
+        out_BHQD = merge(out_BHQD, lse_BHQ, *near.rows.near(query_BHQD, exact, scaling))
+    out_THD[which] = out_BHQD[:, :, 0]
 
 
-def _decode_compiled(
-    pages: Pages,
-    projection: LayerProjection,
-    reads: native.Reads,
-    longest: int,
-    query_BHQD: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention over tokens where they are.  [BHQD, BHQ]"""
-    return attend_paged(pages.paged, reads, projection, query_BHQD, scaling)
+def _has_kernel(query: Tensor) -> bool:
+    """Whether the compiled kernel reads pages here; without it they are gathered."""
+    return query.device.type == "cpu" and compiled.kernel() is not None
 
 
 def _decode_gathered(
@@ -202,7 +202,7 @@ def _decode_gathered(
     query_BHQD: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """`_decode_compiled` by torch alone, on a copy of the pages, up to the `longest`."""
+    """Attention by torch alone on a copy of the pages, up to the `longest`.  [BHQD, BHQ]"""
     rows = pages.read(reads.table_BX[:, : -(-longest // pages.tokens)])
     place_L = torch.arange(rows[0].shape[2], device=query_BHQD.device)
     first_B1, last_B1 = reads.ranges_BR2[:, 0, :1], reads.ranges_BR2[:, 0, 1:]

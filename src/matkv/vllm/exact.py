@@ -19,15 +19,9 @@ from matkv.attention.kernels import native
 from matkv.attention.masks import additive
 from matkv.attention.parts import attend_part
 from matkv.codes import plain_bands
-from matkv.latents import compiled
 from matkv.latents.coding import row_layout
 from matkv.latents.latents import Exact
 from matkv.latents.native import Paged
-
-
-def has_kernel(query: Tensor) -> bool:
-    """Whether the compiled kernel reads pages here; without it they are gathered."""
-    return query.device.type == "cpu" and compiled.kernel() is not None
 
 
 def _paged(rows_KEGF: Tensor) -> Paged:
@@ -93,22 +87,9 @@ class ExactRows:
     ) -> tuple[Tensor, Tensor]:
         """What the newest tokens of sequences read exactly, and the log of the weights' sum.
 
-        [BHQD -> BHQD, BHQ]
+        By torch alone, every range as long as it may be.  [BHQD -> BHQD, BHQ]
         """
-        by = self._near_compiled if has_kernel(query_BHQD) else self._near_gathered
         query_BGJD = query_BHQD[:, :, 0].unflatten(1, (self.rows_KEGF.shape[2], -1))
-        out_BGJD, lse_BGJ = by(query_BGJD.to(self.rows_KEGF.dtype), reads, scaling)
-        return out_BGJD.flatten(1, 2)[:, :, None], lse_BGJ.flatten(1, 2)[..., None]
-
-    def _near_compiled(
-        self, query_BGJD: Tensor, reads: native.Reads, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        return native.decode_paged(query_BGJD, self.paged, reads, scaling)
-
-    def _near_gathered(
-        self, query_BGJD: Tensor, reads: native.Reads, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        """By torch alone: every range as long as it may be."""
         ranges_BR2 = reads.ranges_BR2.long()
         places, reading = [], []
         for r, size in enumerate((self.sink, self.reach)):
@@ -120,9 +101,14 @@ class ExactRows:
         exact_BGCF = exact_BGCF.where(is_read_BC[:, None, :, None], 0)
         D, J = query_BGJD.shape[3], query_BGJD.shape[2]
         bias = additive(is_read_BC[:, None, None], exact_BGCF.dtype).expand(-1, -1, J, -1)
-        return attend_part(
-            query_BGJD, exact_BGCF[..., :D], exact_BGCF[..., D:], bias, scaling=scaling
+        out_BGJD, lse_BGJ = attend_part(
+            query_BGJD.to(exact_BGCF.dtype),
+            exact_BGCF[..., :D],
+            exact_BGCF[..., D:],
+            bias,
+            scaling=scaling,
         )
+        return out_BGJD.flatten(1, 2)[:, :, None], lse_BGJ.flatten(1, 2)[..., None]
 
     def span(self, states_TGF: Tensor, pages_X: Tensor, length: int) -> Exact:
         """What several new tokens, the last of a sequence, read exactly."""

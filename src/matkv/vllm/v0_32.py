@@ -187,13 +187,14 @@ class LatentAttention(AttentionImpl[Step]):
         if self.rows is not None:
             steps: Any = get_forward_context().attn_metadata
             near = Near(self.rows, steps[self.exact_name])
-        output[:tokens] = attend_step(
+        attend_step(
             pages,
             self.projection,
             attn_metadata,
             query[:tokens],
             key[:tokens],
             value[:tokens],
+            output[:tokens],
             scaling=self.scale,
             near=near,
         )

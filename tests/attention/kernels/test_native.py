@@ -6,6 +6,7 @@ D head dim.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import mmap
 import random
@@ -16,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 import matkv
 from coded import coded, random_bands
@@ -23,7 +25,8 @@ from explicit import attend_explicit
 from layers import BANDS, MIXED, RANKS, banded, coded_layer, plain_layer
 from matkv.attention import latent as attention
 from matkv.attention.kernels import cpu, native
-from matkv.attention.latent import attend, attend_paged
+from matkv.attention.latent import attend, attend_part_of
+from matkv.attention.parts import merge
 from matkv.latents import compiled
 from matkv.latents.latents import Latents
 from matkv.latents.layer import per_head
@@ -240,7 +243,7 @@ def test_nothing_behind_the_rows_is_read(decode: Any, made: Any, length: int) ->
 
 def paged(
     latents: Latents, ranges: list[list[tuple[int, int]]], page: int, *, seed: int = 0
-) -> tuple[Paged, native.Reads]:
+) -> native.Reads:
     """The rows in pages of one buffer, dealt out anyhow; what holds no token is not a number.
 
     Every sequence has the tokens up to the end of its last range.
@@ -275,7 +278,30 @@ def paged(
                 codes_KNY[place] = planes[1][b, t]
     storages = projection.storages(dtype)
     rows_in_pages = Paged.of(numbers_KNP, codes_KNY, projection.layout, storages)
-    return rows_in_pages, native.Reads(table, torch.tensor(ranges, dtype=torch.int32))
+    return native.Reads(rows_in_pages, table, torch.tensor(ranges, dtype=torch.int32))
+
+
+def step_of(
+    latents: Latents,
+    query: Tensor,
+    reads: native.Reads,
+    near: native.Reads | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """`native.attend_paged` of queries [THD], where nothing is written what is no number."""
+    out = torch.full_like(query, torch.nan)
+    native.attend_paged(
+        query, out, latents.projection, reads, near, tokens_B=tokens, scaling=SCALING
+    )
+    return out
+
+
+def part_of(latents: Latents, b: int, ranges: list[tuple[int, int]]) -> Latents:
+    """One sequence's rows of some tokens."""
+    return Latents(latents.projection, [
+        torch.cat([row[b : b + 1, :, first:last] for first, last in ranges], dim=2)
+        for row in latents.rows
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
@@ -284,43 +310,73 @@ def test_pages_equal_rows(decode: Any, made: Any, page: int) -> None:
     make, table = made
     latents, lengths = make(table, 4, 131), [131, 1, 16, 77]
     query = queries(4, 3)
-    in_pages, reads = paged(latents, [[(0, length)] for length in lengths], page)
-    with torch.no_grad():
-        out, _ = attend_paged(in_pages, reads, latents.projection, query, SCALING)
+    out = step_of(latents, query[:, :, 0], paged(latents, [[(0, one)] for one in lengths], page))
     for b, length in enumerate(lengths):
-        rows = [row[b : b + 1, :, :length] for row in latents.rows]
-        own = Latents(latents.projection, rows)
+        own = part_of(latents, b, [(0, length)])
         expected = attend_explicit(own, query[b : b + 1], None, scaling=SCALING)
-        assert largest_difference(out[b], expected[0]) < 2e-6
+        assert largest_difference(out[b], expected[0, :, 0]) < 2e-6
 
 
 RANGES = [[(3, 20), (41, 60)], [(0, 0), (0, 60)], [(0, 60), (60, 60)], [(5, 5), (9, 8)]]
 
 
-@every_mix
-def test_pages_are_read_in_ranges(decode: Any, bands: tuple[LayerBands, LayerBands]) -> None:
-    latents = coded_layer(bands, 4, 60)
-    projection = latents.projection
-    query = torch.randn(4, G, 2, projection.width, generator=torch.Generator().manual_seed(0))
-    in_pages, reads = paged(latents, RANGES, 16)
-    out, lse = native.decode_paged(query, in_pages, reads, SCALING)
+@pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
+def test_pages_are_read_in_ranges(decode: Any, made: Any) -> None:
+    make, table = made
+    latents, query = make(table, 4, 60), queries(4, 2)
+    out = step_of(latents, query[:, :, 0], paged(latents, RANGES, 16))
     for b, ranges in enumerate(RANGES[:3]):
-        rows = [
-            torch.cat([row[b : b + 1, :, first:last] for first, last in ranges], dim=2)
-            for row in latents.rows
+        own = part_of(latents, b, ranges)
+        expected = attend_explicit(own, query[b : b + 1], None, scaling=SCALING)
+        assert largest_difference(out[b], expected[0, :, 0]) < 2e-6
+    assert not out[3].any()
+
+
+@pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_puts_exact_tokens_and_latents_together(
+    decode: Any, made: Any, dtype: torch.dtype
+) -> None:
+    """Of five tokens two are those of sequences, whose queries lie among keys and values."""
+    make, table = made
+    latents, whole = make(table, 2, 60), plain_layer(((D,) * G, (D,) * G), 2, 60)
+    identity = torch.eye(D).expand(G, D, D)
+    whole.projection.query[..., :D], whole.projection.output[:, -D:] = identity, identity
+    for one in (latents, whole):
+        one.projection.to(dtype)
+        one.rows = [row if row.dtype == torch.uint8 else row.to(dtype) for row in one.rows]
+    far, near = [[(4, 50)], [(4, 1)]], [[(0, 4), (50, 60)], [(0, 3), (3, 3)]]
+    mixed = torch.randn(5, 2, queries(1, 3).shape[1], D).to(dtype)
+    tokens = torch.tensor([3, 1])
+    out = step_of(
+        latents, mixed[:, 0], paged(latents, far, 16), paged(whole, near, 4, seed=1), tokens
+    )
+    assert bool(out[[0, 2, 4]].isnan().all())
+    for b, token in enumerate(tokens.tolist()):
+        query = mixed[None, token, 0, :, None].float()
+        parts = [
+            attend_part_of(as_fp32(part_of(one, b, ranges[b])), query, None, scaling=SCALING)
+            for one, ranges in ((latents, far), (whole, near))
+            if any(first < last for first, last in ranges[b])
         ]
-        expected, sums = native.decode(query[b : b + 1], rows, projection, None, SCALING)
-        torch.testing.assert_close(out[b : b + 1], expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(lse[b : b + 1], sums)
-    assert not out[3].any() and bool((lse[3] == -torch.inf).all())
+        expected = parts[0][0] if len(parts) == 1 else merge(*parts[0], *parts[1])
+        assert largest_difference(out[token], expected[0, :, 0]) < TOLERANCE[dtype]
 
 
-def test_pages_of_another_dtype_are_refused(own: None) -> None:
-    latents = coded_layer(MIXED, 1, 5)
-    in_pages, reads = paged(latents, [[(0, 5)]], 16)
-    query = torch.zeros(1, G, 1, latents.projection.width, dtype=torch.bfloat16)
-    with pytest.raises(AssertionError, match="float32"):
-        native.decode_paged(query, in_pages, reads, SCALING)
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 0.03, torch.float16: 3e-3}
+
+
+def as_fp32(latents: Latents) -> Latents:
+    rows = [row if row.dtype == torch.uint8 else row.float() for row in latents.rows]
+    return Latents(copy.deepcopy(latents.projection).float(), rows)
+
+
+def test_pages_of_another_dtype_are_refused() -> None:
+    projection = coded_layer(MIXED, 1, 5).projection
+    numbers = torch.zeros(2, 16, 64, dtype=torch.bfloat16)
+    codes = torch.zeros(2, 16, 64, dtype=torch.uint8)
+    with pytest.raises(AssertionError, match=r"torch.bfloat16, not torch.float32"):
+        Paged.of(numbers, codes, projection.layout, projection.storages(torch.float32))
 
 
 @every_mix
@@ -330,7 +386,8 @@ def test_tokens_go_into_their_slots(
 ) -> None:
     latents = coded_layer(bands, 1, 7)
     projection = latents.projection
-    in_pages, reads = paged(latents, [[(0, 7)]], page)
+    reads = paged(latents, [[(0, 7)]], page)
+    in_pages = reads.paged
     before = in_pages.numbers_KNP.clone(), in_pages.codes_KNY.clone()
     states = torch.randn(7, G, 2 * D, generator=torch.Generator().manual_seed(1))
     token_T = torch.arange(7)
