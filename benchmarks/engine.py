@@ -4,8 +4,8 @@
 
 A line of input is a request, and is answered by a line. The first has vLLM's arguments, and is
 answered by the tokens that its cache holds, as vLLM says. Every other is a round: prompts that are
-given at once, each {"tokens": [...], "new": n}, answered by their tokens, the seconds of all and of
-every step, what of the prompts was in the prefix cache, and preemptions.
+given at once, each {"tokens": [...], "new": n}, answered by their tokens, the seconds of all, the
+CPU's seconds of every step, what of the prompts was in the prefix cache, and preemptions.
 """
 
 from __future__ import annotations
@@ -150,13 +150,13 @@ def served(llm: Any, prompts: Round, number: int) -> dict[str, Any]:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         engine.add_request(name, {"prompt_token_ids": one["tokens"]}, how)
-    ended, steps = {}, [time.perf_counter()]
+    ended, steps = {}, [time.process_time()]
     while engine.has_unfinished_requests():
         ended |= {out.request_id: out for out in engine.step() if out.finished}
-        steps.append(time.perf_counter())
+        steps.append(time.process_time())
     outs = [ended[name] for name in names]
     return {
-        "seconds": steps[-1] - start,
+        "seconds": time.perf_counter() - start,
         "steps": [after - before for before, after in pairwise(steps)],
         "tokens": [list(out.outputs[0].token_ids) for out in outs],
         "cached": [out.num_cached_tokens for out in outs],
