@@ -783,24 +783,37 @@ int matkv_decode(const struct call *call) {
 
 /* ---- a step of a server */
 
-/* y = x map, of so many rows and columns. */
+/* y = x map, of so many rows and columns, `count` vectors of columns from `first` on at a time. */
+INLINE void times_block(float *y, const float *x, const char *map, int64_t rows, int64_t columns,
+                        int64_t first, int count, int dtype) {
+  int64_t size = dtype == FP32 ? 4 : 2;
+  floats sum[4] = {0};
+  for (int64_t i = 0; i < rows; i++)
+    for (int k = 0; k < count; k++)
+      sum[k] += numbers_at(map + (i * columns + first + k * W) * size, dtype) * x[i];
+  memcpy(y + first, sum, count * sizeof(floats));
+}
+
+INLINE void times_as(float *y, const float *x, const char *map, int64_t rows, int64_t columns,
+                     int dtype) {
+  int64_t size = dtype == FP32 ? 4 : 2, j = 0;
+  for (; j + 4 * W <= columns; j += 4 * W) times_block(y, x, map, rows, columns, j, 4, dtype);
+  for (; j + W <= columns; j += W) times_block(y, x, map, rows, columns, j, 1, dtype);
+  for (; j < columns; j++) {
+    y[j] = 0;
+    for (int64_t i = 0; i < rows; i++)
+      y[j] += x[i] * number_at(map + (i * columns + j) * size, dtype);
+  }
+}
+
 static void times(float *y, const float *x, const char *map, int64_t rows, int64_t columns,
                   int dtype) {
-  int64_t size = dtype == FP32 ? 4 : 2;
-  for (int64_t j = 0; j < columns; j++) y[j] = 0;
-  for (int64_t i = 0; i < rows; i++) {
-    const char *row = map + i * columns * size;
-    int64_t j = 0;
-    for (; j + W <= columns; j += W) {
-      floats sum, e = dtype == FP32   ? numbers_at(row + j * size, FP32)
-                      : dtype == BF16 ? numbers_at(row + j * size, BF16)
-                                      : numbers_at(row + j * size, FP16);
-      memcpy(&sum, y + j, sizeof sum);
-      sum += e * x[i];
-      memcpy(y + j, &sum, sizeof sum);
-    }
-    for (; j < columns; j++) y[j] += x[i] * number_at(row + j * size, dtype);
-  }
+  if (dtype == FP32)
+    times_as(y, x, map, rows, columns, FP32);
+  else if (dtype == BF16)
+    times_as(y, x, map, rows, columns, BF16);
+  else
+    times_as(y, x, map, rows, columns, FP16);
 }
 
 struct step {
