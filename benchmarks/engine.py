@@ -150,7 +150,8 @@ def served(llm: Any, prompts: Round, number: int) -> dict[str, Any]:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         engine.add_request(name, {"prompt_token_ids": one["tokens"]}, how)
-    ended, steps = {}, [time.process_time()]
+    ended: dict[str, Any] = {}
+    steps = [time.process_time()]
     while engine.has_unfinished_requests():
         ended |= {out.request_id: out for out in engine.step() if out.finished}
         steps.append(time.process_time())

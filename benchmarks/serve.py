@@ -152,7 +152,7 @@ def some_tokens(rng: random.Random, count: int) -> list[int]:
 
 # How a cache is set, and how requests come: what `equal` compares in every combination.
 KINDS: dict[str, dict[str, Any]] = {"codes": {}, "ranks": {"uniform": True}}
-EXACT: dict[str, dict[str, int]] = {"exact tokens": {}, "no exact ones": {"sink": 0, "recent": 0}}
+EXACT: dict[str, dict[str, Any]] = {"exact tokens": {}, "no exact ones": {"sink": 0, "recent": 0}}
 COMMON = {"max_model_len": 1024, "max_num_seqs": 32}
 
 

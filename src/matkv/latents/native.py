@@ -17,7 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from matkv.latents.coding import Coder
+from matkv.codes import plain_bands
+from matkv.latents.coding import Coder, row_layout
 from matkv.latents.compiled import kernel
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -80,6 +81,14 @@ class Paged:
                 address += columns * size
             places[is_codes] = g + count, address
         return cls(numbers_KNP, codes_KNY, heads)
+
+    @classmethod
+    def whole(cls, rows_KNGF: Tensor) -> Paged:
+        """Keys and values at full width: to the kernel, heads of so many columns without codes."""
+        G, F = rows_KNGF.shape[2:]
+        layout = tuple(row_layout((plain_bands(F // 2), plain_bands(F // 2)))) * G
+        none_KNY = rows_KNGF.new_empty(*rows_KNGF.shape[:2], 0, dtype=torch.uint8)
+        return cls.of(rows_KNGF.flatten(2), none_KNY, layout, [(G, F, rows_KNGF.dtype)])
 
     @property
     def tokens(self) -> int:

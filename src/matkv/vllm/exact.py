@@ -18,20 +18,8 @@ from torch import Tensor
 from matkv.attention.kernels import native
 from matkv.attention.masks import additive
 from matkv.attention.parts import attend_part
-from matkv.codes import plain_bands
-from matkv.latents.coding import row_layout
 from matkv.latents.latents import Exact
 from matkv.latents.native import Paged
-
-
-def _paged(rows_KEGF: Tensor) -> Paged:
-    """Full-width rows as the kernel takes them: heads of as many columns without codes."""
-    G, F = rows_KEGF.shape[2:]
-    bands = plain_bands(F // 2)
-    numbers_KEP = rows_KEGF.flatten(2)
-    none_KEY = rows_KEGF.new_empty(len(rows_KEGF), rows_KEGF.shape[1], 0, dtype=torch.uint8)
-    layout = tuple(row_layout((bands, bands))) * G
-    return Paged.of(numbers_KEP, none_KEY, layout, [(G, F, rows_KEGF.dtype)])
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class ExactRows:
             (cache.stride(0) // size, width // size, 2 * dim, 1),
             (cache.storage_offset() + first) // size,
         )
-        return cls(rows_KEGF, _paged(rows_KEGF), *exact)
+        return cls(rows_KEGF, Paged.whole(rows_KEGF), *exact)
 
     @property
     def reach(self) -> int:
