@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import matkv
-from coded import Coded, coded, room
+from coded import KINDS, Coded, coded, lent, room
 from matkv.cache.layer import LatentLayer
 from matkv.errors import CacheError
 from tiny import (
@@ -153,6 +153,17 @@ def test_assisted_generation_gives_the_same_tokens(
     if attached_assistant:
         matkv.attach(assistant, tiny("llama").artifact, 0.5, recent=recent)
     assert torch.equal(greedy(model, REPEATING, 24, assistant_model=assistant), plain)
+
+
+@pytest.mark.parametrize("exit_after", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma3_rings"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_by_early_exit_give_the_same_tokens(kind: str, name: str, exit_after: int) -> None:
+    """The first layer alone may be one that is not compressed."""
+    for subject in lent(kind, name):
+        model = subject.attach(ranks=subject.ragged(3), sink=2, recent=3)
+        plain = greedy(model, REPEATING, 12)
+        assert torch.equal(greedy(model, REPEATING, 12, assistant_early_exit=exit_after), plain)
 
 
 def test_a_prefilled_prefix_serves_two_continuations(family: Tiny) -> None:

@@ -105,3 +105,18 @@ def test_refusals_change_nothing() -> None:
         assert attached_table(model).budget == 0.5
     finally:
         matkv.detach(model)
+
+
+@torch.no_grad()
+def test_a_cache_of_exact_tokens_alone_shrinks_and_goes_on() -> None:
+    subject, ids = with_tables("llama"), tokens(2, 30)
+    model = subject.attach(budget=1.0, sink=2, recent=8)
+    try:
+        cache = matkv.LatentCache(model)
+        model(ids[:, :6], past_key_values=cache)
+        shrink(model, cache, 0.4)
+        expected = model(ids, use_cache=False).logits[:, 6:]
+        found = model(ids[:, 6:], past_key_values=cache).logits
+        assert largest_difference(found, expected) < 0.02
+    finally:
+        matkv.detach(model)

@@ -67,6 +67,8 @@ class LatentCache(DynamicCache):
             CacheError: `tokens_to_remove` is positive, or a layer has dropped what it would need.
         """
         removed = min(tokens_removed(tokens_to_remove), self.get_seq_length())
+        if not self.get_seq_length():
+            return  # transformers' layers look for tokens
         for layer in self.layers:
             if isinstance(layer, LatentLayer):
                 layer.check_crop(removed)
@@ -187,7 +189,8 @@ def use_latents(
     """Give `cache` latent layers of the model's attachment where it grows, in place.
 
     Layers without tokens are replaced; latent ones with tokens of the same bases stay as they are.
-    Nothing changes on errors. `model` is the whole model or its decoder.
+    Nothing changes on errors, nor where none of the layers that the model runs is compressed: early
+    exit runs the first ones alone. `model` is the whole model or its decoder.
 
     Raises:
         CacheError: the model is not attached, or the cache holds full-width tokens, or latents of
@@ -197,6 +200,8 @@ def use_latents(
         return
     projections = attached_projections(model)
     if not projections:
+        if any(isinstance(part, LayerProjection) for part in model.modules()):
+            return
         raise CacheError("the model has no bases: call matkv.attach(model, artifact, budget) first")
     layers: list[Any] = getattr(cache, "layers", [])
     lazy = getattr(cache, "layer_class_to_replicate", None)

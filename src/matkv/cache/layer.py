@@ -1,6 +1,6 @@
 """The latents of one layer, by the protocol of transformers' caches.
 
-Shapes: B batch, G KV head, T token, D head dim."""
+Shapes: B batch, G KV head, N heads of one bucket, T token, D head dim, C row columns."""
 
 from __future__ import annotations
 
@@ -152,15 +152,17 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
         old = self.projection
         if (old.sink, old.recent) != (projection.sink, projection.recent):
             raise CacheError("a cache shrinks at the same sink and recent: those it was filled at")
+        if old.source != projection.source:
+            raise CacheError("the cache belongs to other bases: use a new one")
+        rows = Rows(self.rows.reserve)
         if self.rows.count:
             held = self.rows.first(self.rows.count)
-            rows = Rows(self.rows.reserve)
             rows.append(narrowed(held, old, projection, self.dtype))
-            self.rows = rows
-        elif old.source != projection.source:
-            raise CacheError("the cache belongs to other bases: use a new one")
-        else:
-            self.rows = Rows(self.rows.reserve)
+        elif self.length:  # all tokens are exact
+            sizes = projection.storages(self.dtype)
+            batch, like = self.buffers[0].shape[0], self.buffers[0]
+            rows.append([like.new_empty(batch, N, 0, C, dtype=dtype) for N, C, dtype in sizes])
+        self.rows = rows
         self.projection = projection
 
     # ---- what generation asks of a layer

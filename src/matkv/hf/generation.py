@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from matkv.attention.masks import seen_slots
-from matkv.cache.cache import LatentCache, use_latents
+from matkv.cache.cache import LatentCache, attached_projections, use_latents
 from matkv.cache.layer import HoldsLatents, note_padding
 from matkv.cache.naming import NAMES, cache_name
 from matkv.errors import CacheError, UnsupportedModelError
@@ -80,7 +80,7 @@ def check_caches(decoder: nn.Module, args: Any, output: Any) -> None:
     """
     values: Iterable[Any] = output.values() if isinstance(output, dict) else output
     for cache in values if isinstance(values, Iterable) else ():
-        if isinstance(cache, Cache) and not is_latent(cache):
+        if isinstance(cache, Cache) and not is_latent(cache) and attached_projections(decoder):
             raise CacheError(
                 f"the attached model filled a {type(cache).__name__} without latents: pass "
                 "matkv.LatentCache(model), or call matkv.detach(model)"
