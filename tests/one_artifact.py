@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from matkv.artifact.artifact import Artifact
-from matkv.artifact.lora import DOWN, UP, Lora
+from matkv.artifact.lora import DOWN, UP, WRAPPER, Lora
 from matkv.bases.maps import SideBases
 from matkv.ranks import SIDES, Geometry, LayerShape
 from tiny import ragged_table, random_maps
@@ -54,6 +55,18 @@ def adapters(seed: int = 0) -> Lora:
     name = "base_model.model.layers.0.q_proj"
     down_RM, up_NR = (torch.randn(*shape, generator=generator) for shape in ((2, 6), (4, 2)))
     tensors = {f"{name}{DOWN}": down_RM, f"{name}{UP}": up_NR}
+    return Lora({"peft_type": "LORA", "r": 2, "lora_alpha": 4.0}, tensors)
+
+
+def adapters_of(model: Any, names: tuple[str, ...], seed: int = 0) -> Lora:
+    """Random ones of all linear maps of a model with one of these names."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in names:
+            N, M = module.weight.shape
+            tensors[f"{WRAPPER}{path}{DOWN}"] = 0.3 * torch.randn(2, M, generator=generator)
+            tensors[f"{WRAPPER}{path}{UP}"] = 0.3 * torch.randn(N, 2, generator=generator)
     return Lora({"peft_type": "LORA", "r": 2, "lora_alpha": 4.0}, tensors)
 
 

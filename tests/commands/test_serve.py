@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bad_values import assert_refused
 from matkv.artifact.artifact import Artifact
 from matkv.commands import serve
 from matkv.ranks import RankTable
+from one_artifact import adapters
 from program import Program
 from tiny import build, save_model
 
@@ -74,6 +76,23 @@ def test_exact_tokens_are_passed_on_and_what_they_take_is_told(
     options = json.loads(after(started[0], "--additional-config"))["matkv"]
     assert (options["sink"], options["recent"]) == (4, 8)
     assert "12 exact tokens take as much as" in ended.out and "24 tokens" in ended.out
+
+
+def test_an_artifact_is_asked_what_it_needs(
+    matkv: Program, run: Path, tmp_path: Path, started: list[list[str]]
+) -> None:
+    """Small pages for exact tokens, and a loader that adds adapters; what is given stays."""
+    artifact = replace(Artifact.load(run), sink=4, recent=8, lora=adapters())
+    artifact.save(tmp_path / "own")
+    assert matkv("serve", tmp_path / "own").code == 0
+    assert matkv("serve", tmp_path / "own", "--block-size", "32").code == 0
+    assert matkv("serve", tmp_path / "own", "--sink", "0", "--recent", "0").code == 0
+    assert [after(one, "--load-format") for one in started] == ["matkv"] * 3
+    assert [after(one, "--block-size") for one in started[:2]] == ["16", "32"]
+    assert "--block-size" not in started[2]
+    ended = matkv("serve", tmp_path / "own", "--load-format", "safetensors")
+    assert_refused(ended)
+    assert "use --load-format matkv" in ended.err
 
 
 @pytest.mark.parametrize(

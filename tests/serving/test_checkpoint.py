@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from matkv.artifact.lora import Lora
 from matkv.errors import ArtifactError
+from matkv.hf.merge import merged
 from matkv.hf.weights import fingerprint as of_model
-from matkv.vllm.checkpoint import fingerprint
+from matkv.vllm.checkpoint import fingerprint, with_adapters
+from one_artifact import adapters_of
 from tiny import Tiny, tiny
 
 
@@ -64,3 +68,33 @@ def test_rounding_is_that_of_the_artifact() -> None:
     assert all(round(one, 7) == one for one in of_model(model))
     assert len(of_model(model)) == 3 * 8
     assert torch.tensor(of_model(model)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_adapters_are_added_as_in_transformers(dtype: torch.dtype, prefix: str) -> None:
+    """To a checkpoint whose names may lack what comes before the layers."""
+    model = copy.deepcopy(tiny("llama").model).to(dtype)
+    lora = adapters_of(model, ("q_proj", "o_proj", "up_proj"))
+    stored = {name: one.clone() for name, one in model.named_parameters()}
+    named = ((name.removeprefix(prefix), one.float()) for name, one in stored.items())
+    found = dict(with_adapters(named, lora, dtype))
+    changed = 0
+    with merged(model, lora):
+        for name, wanted in model.named_parameters():
+            got = found.pop(name.removeprefix(prefix))
+            changed += not torch.equal(wanted, stored[name])
+            assert torch.equal(got.to(dtype), wanted)
+    assert not found and changed == len(lora.paths) == 9
+
+
+@pytest.mark.parametrize("names", [("q_proj",), ("o_proj", "nowhere")])
+def test_adapters_of_another_model_are_refused(names: tuple[str, ...]) -> None:
+    model = tiny("llama").model
+    lora = adapters_of(model, names)
+    weights = [(name, one[:-1]) for name, one in model.named_parameters()]
+    if "nowhere" in names:
+        odd = {name.replace("o_proj", "nowhere"): one for name, one in lora.tensors.items()}
+        lora, weights = Lora(lora.config, odd), list(model.named_parameters())
+    with pytest.raises(ArtifactError, match="another model's"):
+        list(with_adapters(weights, lora, torch.float32))

@@ -16,7 +16,9 @@ import torch
 import engine
 import matkv
 from coded import KINDS
+from matkv.artifact.lora import Lora
 from matkv.ranks import RankTable
+from one_artifact import adapters_of
 from tiny import Tiny, tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -44,10 +46,17 @@ class Served:
         return engine.run(arguments | changes, list(rounds))
 
 
-def serve(subject: Tiny, folder: Path, seed: int, exact: tuple[int, int] = (0, 0)) -> Served:
+def serve(
+    subject: Tiny,
+    folder: Path,
+    seed: int,
+    exact: tuple[int, int] = (0, 0),
+    lora: Lora | None = None,
+) -> Served:
     table = subject.ragged(seed)
     artifact = replace(
         subject.artifact,
+        lora=lora,
         tables={0.5: table},
         base_model=str(folder / "model"),
         sink=exact[0],
@@ -157,7 +166,20 @@ def test_another_model_ends_at_the_start(plain: Served, tmp_path: Path) -> None:
         plain.start([], model=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "phi3", "gpt_neox", "granite"])
+def test_adapters_are_in_the_weights(tmp_path: Path) -> None:
+    """On two processes, each of which has a part of the fused weights; or they are refused."""
+    subject = KINDS["codes"]("llama")
+    lora = adapters_of(subject.model, ("q_proj", "v_proj", "o_proj", "down_proj"))
+    one, plain = serve(subject, tmp_path, 3, lora=lora), serve(subject, tmp_path / "plain", 3)
+    assert one.wanted != plain.wanted
+    found = one.start(one.round(), load_format="matkv", tensor_parallel_size=2,
+                      distributed_executor_backend="mp")  # fmt: skip
+    assert found["rounds"][0]["tokens"] == one.wanted
+    with pytest.raises(engine.EngineError, match="use --load-format matkv"):
+        one.start([])
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "granite"])
 def test_families_need_no_code_of_their_own(name: str, tmp_path: Path) -> None:
     one = serve(KINDS["ranks"](name), tmp_path, seed=1)
     assert one.start(one.round())["rounds"][0]["tokens"] == one.wanted

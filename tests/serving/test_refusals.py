@@ -37,7 +37,8 @@ def test_a_plain_server_and_a_plain_layer_pass() -> None:
     check_server(server())
     check_server(server(cache_config=SimpleNamespace(cache_dtype="bfloat16")))
     check_layer()
-    check_adapters(None, "run")
+    check_adapters(None, "auto", "run")
+    check_adapters(object(), "matkv", "run")
 
 
 @pytest.mark.parametrize(
@@ -90,9 +91,9 @@ def test_what_a_layer_does_beside_is_refused(change: dict[str, Any], told: str) 
         check_layer(**change)
 
 
-def test_adapters_are_refused() -> None:
-    with pytest.raises(ArtifactError, match="merge them"):
-        check_adapters(object(), "run")
+def test_adapters_that_are_not_added_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="use --load-format matkv"):
+        check_adapters(object(), "auto", "run")
 
 
 @pytest.mark.parametrize(

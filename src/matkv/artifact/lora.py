@@ -18,6 +18,7 @@ from matkv.files import save_tensors
 
 LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+WRAPPER = "base_model.model."  # before every name
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,25 @@ class Lora:
         maps = sum(name.endswith(DOWN) for name in self.tensors)
         return f"rank {self.config.get('r')} in {maps} linear maps"
 
-    def updates(self) -> Iterator[tuple[str, Tensor]]:
-        """(name of a linear map, what to add to its weight [NM] in fp32), for all of them.
+    @property
+    def paths(self) -> list[str]:
+        """The names of the linear maps, as the model with its head has them."""
+        names = (name for name in self.tensors if name.endswith(DOWN))
+        return [name.removeprefix(WRAPPER).removesuffix(DOWN) for name in names]
+
+    def update(self, path: str) -> Tensor:
+        """What to add to the weight of a linear map, in fp32.  [NM]
 
         W' = W + alpha/r B A  (arXiv 2106.09685)
         """
         scale = self.config["lora_alpha"] / self.config["r"]
-        for name, down_RM in self.tensors.items():
-            if name.endswith(DOWN):
-                up_NR = self.tensors[name.removesuffix(DOWN) + UP]
-                path = name.removeprefix("base_model.model.").removesuffix(DOWN)
-                yield path, scale * (up_NR.float() @ down_RM.float())
+        up_NR, down_RM = (self.tensors[f"{WRAPPER}{path}{part}"] for part in (UP, DOWN))
+        update_NM: Tensor = scale * (up_NR.float() @ down_RM.float())
+        return update_NM
+
+    def updates(self) -> Iterator[tuple[str, Tensor]]:
+        """Every linear map's name and update."""
+        return ((path, self.update(path)) for path in self.paths)
 
     def write(self, directory: Path) -> None:
         directory.mkdir()

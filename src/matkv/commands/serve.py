@@ -37,6 +37,8 @@ from matkv.vllm.refusals import check_adapters, check_layer
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 SERVER = "vllm.entrypoints.openai.api_server"
 MEMORY, GIB = "--kv-cache-memory-bytes", 2**30
+BLOCK, SMALLEST_BLOCK = "--block-size", 16
+LOAD = "--load-format"
 
 
 @from_fields(without=("budget",))
@@ -61,7 +63,6 @@ def serve_command(
     setting = way.at(budget)
     table = setting.table(artifact)
     assert table is not None
-    check_adapters(artifact.lora, str(run))
     name = model or artifact.base_model
     if not name:
         raise ModelError(f"{run} is of a model without a name: say where it is with --model")
@@ -79,9 +80,10 @@ def serve_command(
     )
     size = None if memory is None else parse_bytes(memory)
     passed_on = [*([] if size is None else [MEMORY, str(size)]), *context.args]
+    exact = sum(setting.exact(artifact))
+    passed_on += _asked_by(artifact, exact, passed_on)
     command = _command(source, name, options, passed_on)
     console.out.print(shlex.join(command), soft_wrap=True)
-    exact = sum(setting.exact(artifact))
     console.out.print(_fits(table, exact, size or GIB, _dtype(config, passed_on)))
     if dry_run:
         return
@@ -102,6 +104,23 @@ def _command(source: str, name: str, options: Options, passed_on: list[str]) -> 
         command += ["--served-model-name", name]
     command += ["--attention-backend", NAME]
     return [*command, "--additional-config", json.dumps({OPTIONS: values}), *passed_on]
+
+
+def _asked_by(artifact: Artifact, exact: int, passed_on: list[str]) -> list[str]:
+    """Options that an artifact needs, or is served best with, unless they are given.
+
+    Raises:
+        ArtifactError: one that is given cannot be.
+    """
+    asked = []
+    # Of exact tokens whole pages are kept.
+    if exact and _given(passed_on, BLOCK) is None:
+        asked += [BLOCK, str(SMALLEST_BLOCK)]
+    if artifact.lora is not None:
+        given = _given(passed_on, LOAD)
+        check_adapters(artifact.lora, OPTIONS if given is None else given, "the artifact")
+        asked += [LOAD, OPTIONS] if given is None else []
+    return asked
 
 
 def _given(passed_on: list[str], option: str) -> str | None:

@@ -1,8 +1,9 @@
-"""A model's fingerprint, read from its checkpoint: vLLM fuses and shards what it has loaded."""
+"""What a checkpoint says before vLLM fuses and shards it: the fingerprint; and adapters, added."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from matkv.artifact.fingerprint import picks, rounded
+from matkv.artifact.lora import Lora
 from matkv.errors import ArtifactError, first_line
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,6 +41,38 @@ def fingerprint(
         for name in _sampled(config)
         for sample in rounded(_picked(model, name, revision, cache))
     )
+
+
+def with_adapters(
+    weights: Iterable[tuple[str, Tensor]], lora: Lora, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors by name, those with an adapter in `dtype`, their updates added.
+
+    Raises:
+        ArtifactError: an adapter is of a tensor that never comes, or of another shape.
+    """
+    left = {f"{path}.weight": path for path in lora.paths}
+    for name, tensor in weights:
+        known = next((one for one in left if _is_same(one, name)), None)
+        if known is not None:
+            update = lora.update(left.pop(known))
+            if update.shape != tensor.shape:
+                raise ArtifactError(
+                    f"the adapter of {known} is of shape {tuple(update.shape)}, and the "
+                    f"checkpoint's weight of {tuple(tensor.shape)}: is it another model's?"
+                )
+            tensor = tensor.to(dtype) + update.to(tensor.device, dtype)
+        yield name, tensor
+    if left:
+        raise ArtifactError(
+            f"the checkpoint has no {next(iter(left))}, which has an adapter: is the artifact "
+            "another model's?"
+        )
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether names are of one tensor; a checkpoint's may lack what comes before the layers."""
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 def _sampled(config: PreTrainedConfig) -> list[str]:
@@ -78,7 +112,7 @@ def _picked(model: str, name: str, revision: str | None, cache: str | None) -> T
 def _place(model: str, name: str, revision: str | None, cache: str | None) -> tuple[Path, str]:
     """The file of a tensor and its name there, which may lack what comes before the layers."""
     for stored, file in _files(model, revision, cache):
-        if stored == name or name.endswith(f".{stored}") or stored.endswith(f".{name}"):
+        if _is_same(stored, name):
             return file, stored
     raise ArtifactError(f"{model} has no tensor {name}: is it a whole checkpoint of this model?")
 

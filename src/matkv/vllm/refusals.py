@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from matkv.errors import ArtifactError, UnsupportedModelError
+from matkv.vllm.plugin import OPTIONS
 
 WHOLE_CACHE = "serve this model without matkv"
 # What vLLM calls a cache in the model's own dtype.
@@ -89,14 +90,14 @@ def check_layer(
             )
 
 
-def check_adapters(lora: Any, artifact: str) -> None:
-    """Refuse an artifact whose bases need adapters that vLLM has not merged.
+def check_adapters(lora: Any, load_format: str, artifact: str) -> None:
+    """Refuse an artifact whose bases need adapters that vLLM does not add to the weights it loads.
 
     Raises:
-        ArtifactError: it has some.
+        ArtifactError: it has some, and the weights are loaded another way.
     """
-    if lora is not None:
+    if lora is not None and load_format != OPTIONS:
         raise ArtifactError(
-            f"{artifact} has adapters, without which its bases are wrong: merge them into the "
-            "model, save that with save_pretrained, and calibrate it"
+            f"{artifact} has adapters, without which its bases are wrong, and --load-format "
+            f"{load_format} does not add them to the weights: use --load-format {OPTIONS}"
         )

@@ -263,7 +263,8 @@ def _opened(
 ) -> tuple[Artifact, RankTable]:
     """The artifact and its ranks, checked against the model."""
     artifact, table = options.open()
-    check_adapters(artifact.lora, options.artifact)
+    load_format = get_current_vllm_config().load_config.load_format
+    check_adapters(artifact.lora, str(load_format), options.artifact)
     config = get_current_vllm_config().model_config.hf_config
     artifact.check(geometry, fingerprint(model, config, revision=revision, cache=cache))
     return artifact, table
