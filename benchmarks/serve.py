@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-exact", action="store_true", help="no exact tokens")
+    parser.add_argument("--only", choices=KINDS, help="compare no others")
     whats[(given := parser.parse_args()).what](given)
 
 
@@ -167,8 +168,8 @@ def equal(given: argparse.Namespace) -> None:
         ids = tokenizer(texts[index % len(texts)])["input_ids"]
         first = rng.randrange(max(1, len(ids) - size))
         prompts.append(ids[first : first + size])
-    for kind, table in KINDS.items():
-        for name, exact in EXACT.items():
+    for kind, table in KINDS.items() if given.only is None else [(given.only, KINDS[given.only])]:
+        for name, exact in list(EXACT.items())[given.no_exact :]:
             attached: Any = attach(model, artifact, given.budget, **table, **exact)
             wanted = [greedy(attached, one, new) for one in prompts]
             asked = [{"tokens": one, "new": new} for one in prompts]
