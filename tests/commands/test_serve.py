@@ -51,7 +51,7 @@ def test_the_whole_command_is_printed_and_run(
     artifact = Artifact.load(run)
     assert after(command, "--model") == artifact.base_model
     options = json.loads(after(command, "--additional-config"))
-    assert options == {"matkv": {"artifact": str(run.resolve()), "budget": 0.25, "uniform": False}}
+    assert options == {"matkv": {"artifact": str(run.resolve()), "budget": 0.25}}
     assert command[-3:] == ["--port", "8001", "--max-model-len=64"]
     assert shlex.split(ended.out.splitlines()[0]) == command
 

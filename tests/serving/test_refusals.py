@@ -69,6 +69,10 @@ def test_what_a_server_cannot_do_is_refused(changes: dict[str, Any], told: str) 
     assert "\n" not in str(refused.value)
 
 
+def test_a_gpu_may_be_tried() -> None:
+    check_server(server(device_config=SimpleNamespace(device_type="cuda")), untried=True)
+
+
 def test_exact_tokens_need_pages_of_their_own() -> None:
     alike = server(scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=True))
     check_server(alike)

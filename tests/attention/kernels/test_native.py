@@ -33,13 +33,10 @@ from matkv.latents.layer import per_head
 from matkv.latents.native import Paged, encode_paged
 from matkv.ranks import LayerBands
 from one_query import SCALING, D, G, check, padding, queries
+from paging import LAYERS, RANGES, paged, part_of, whole_layer
 from tiny import greedy, largest_difference, left_padded, tokens
 
 KERNELS = [*compiled.INSTRUCTIONS, "DEFAULT"]
-LAYERS = {
-    **{name: (coded_layer, bands) for name, bands in BANDS.items()},
-    **{f"ranks {name}": (plain_layer, ranks) for name, ranks in RANKS.items() if "all" not in name},
-}
 every_mix = pytest.mark.parametrize("bands", BANDS.values(), ids=BANDS)
 
 
@@ -241,46 +238,6 @@ def test_nothing_behind_the_rows_is_read(decode: Any, made: Any, length: int) ->
 # ---- pages
 
 
-def paged(
-    latents: Latents, ranges: list[list[tuple[int, int]]], page: int, *, seed: int = 0
-) -> native.Reads:
-    """The rows in pages of one buffer, dealt out anyhow; what holds no token is not a number.
-
-    Every sequence has the tokens up to the end of its last range.
-    """
-    lengths = [max(last for _, last in own) for own in ranges]
-    projection, rows = latents.projection, latents.rows
-    dtype, batch = rows[0].dtype, len(lengths)
-    kinds = 1 if projection.coder is None else 2
-    planes = [
-        torch.cat([row.transpose(1, 2).flatten(2) for row in rows[kind::kinds]], dim=2)
-        for kind in range(kinds)
-    ]
-    sizes = [plane.shape[2] * plane.element_size() for plane in planes] + [0] * (2 - kinds)
-    needed = [-(-length // page) for length in lengths]
-    order = torch.randperm(
-        sum(needed) + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.int32
-    )
-    parts = [page * size for size in sizes]
-    memory = torch.full((len(order), sum(parts) // 8 * 8 + 8), 255, dtype=torch.uint8)
-    numbers, codes, _ = memory.split([*parts, memory.shape[1] - sum(parts)], dim=1)
-    numbers_KNP = numbers.view(dtype).unflatten(1, (page, sizes[0] // dtype.itemsize))
-    codes_KNY = codes.unflatten(1, (page, sizes[1]))
-    table = torch.full((batch, max(needed) + 1), -1, dtype=torch.int32)
-    taken = iter(order.tolist())
-    for b, length in enumerate(lengths):
-        for t in range(length):
-            if t % page == 0:
-                table[b, t // page] = next(taken)
-            place = table[b, t // page], t % page
-            numbers_KNP[place] = planes[0][b, t]
-            if kinds == 2:
-                codes_KNY[place] = planes[1][b, t]
-    storages = projection.storages(dtype)
-    rows_in_pages = Paged.of(numbers_KNP, codes_KNY, projection.layout, storages)
-    return native.Reads(rows_in_pages, table, torch.tensor(ranges, dtype=torch.int32))
-
-
 def step_of(
     latents: Latents,
     query: Tensor,
@@ -296,14 +253,6 @@ def step_of(
     return out
 
 
-def part_of(latents: Latents, b: int, ranges: list[tuple[int, int]]) -> Latents:
-    """One sequence's rows of some tokens."""
-    return Latents(latents.projection, [
-        torch.cat([row[b : b + 1, :, first:last] for first, last in ranges], dim=2)
-        for row in latents.rows
-    ])  # fmt: skip
-
-
 @pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("page", [1, 16, 48])
 def test_pages_equal_rows(decode: Any, made: Any, page: int) -> None:
@@ -315,9 +264,6 @@ def test_pages_equal_rows(decode: Any, made: Any, page: int) -> None:
         own = part_of(latents, b, [(0, length)])
         expected = attend_explicit(own, query[b : b + 1], None, scaling=SCALING)
         assert largest_difference(out[b], expected[0, :, 0]) < 2e-6
-
-
-RANGES = [[(3, 20), (41, 60)], [(0, 0), (0, 60)], [(0, 60), (60, 60)], [(5, 5), (9, 8)]]
 
 
 @pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
@@ -339,9 +285,7 @@ def test_a_step_puts_exact_tokens_and_latents_together(
 ) -> None:
     """Of five tokens two are those of sequences, whose queries lie among keys and values."""
     make, table = made
-    latents, whole = make(table, 2, 60), plain_layer(((D,) * G, (D,) * G), 2, 60)
-    identity = torch.eye(D).expand(G, D, D)
-    whole.projection.query[..., :D], whole.projection.output[:, -D:] = identity, identity
+    latents, whole = make(table, 2, 60), whole_layer(2, 60)
     for one in (latents, whole):
         one.projection.to(dtype)
         one.rows = [row if row.dtype == torch.uint8 else row.to(dtype) for row in one.rows]

@@ -45,19 +45,57 @@ def decode(
     `splits` parts, by default as many as keep the device busy. The second result is the log of the
     weights' sum, in fp32.
     """
-    X, M = query_BGXM.shape[2:]
-    key, value = projection.highest_ranks
-    tokens, device = rows[0].shape[2], query_BGXM.device
-    query_BGXM = query_BGXM.contiguous()
-    parts = divided(query_BGXM, tokens, splits)
-    _decode_part[parts.grid](
-        query_BGXM, table(places(rows), device), projection.ranks,
-        query_BGXM if mask is None else mask, parts.out_BGSXM, parts.lse_BGSX,
-        tokens, parts.tokens, scaling, X, M, mask_stride(mask),
-        HAS_MASK=mask is not None, BLOCK_T=BLOCK_T, WIDEN=WIDEN,
-        BLOCK_X=tile(X), BLOCK_KEY=tile(key), BLOCK_VALUE=tile(value),
+    context = Context(rows[0].shape[2], mask)
+    return decode_in(
+        context, query_BGXM, places(rows), projection.ranks, projection.highest_ranks, scaling,
+        splits=splits,
     )  # fmt: skip
-    return merged(parts, query_BGXM, projection.ranks)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which tokens are read: the first `tokens` of every sequence's own rows, but for `mask`.
+
+    Or, where there are pages: of sequence b those in `range_B2`, two int32 a sequence and at most
+    `tokens` of them, token t at place t % `page` of page `pages_BX[b, t // page]`.
+    """
+
+    tokens: int
+    mask: Tensor | None = None
+    pages_BX: Tensor | None = None
+    range_B2: Tensor | None = None
+    page: int = 0
+
+    def arguments(self, none: Tensor) -> tuple[Any, ...]:
+        """What kernels take of it, `none` for what there is not."""
+        mask, pages, ranges = (
+            none if one is None else one for one in (self.mask, self.pages_BX, self.range_B2)
+        )
+        stride = 0 if self.pages_BX is None else self.pages_BX.stride(0)
+        return mask, mask_stride(self.mask), pages, stride, ranges, self.tokens
+
+
+def decode_in(
+    context: Context,
+    query_BGXM: Tensor,
+    heads: tuple[int, ...],
+    ranks_GS: Tensor,
+    highest: tuple[int, int],
+    scaling: float,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`decode` of rows wherever they are: `heads` as `places` tells, in pages of a page."""
+    X, M = query_BGXM.shape[2:]
+    query_BGXM = query_BGXM.contiguous()
+    parts = divided(query_BGXM, context.tokens, splits)
+    _decode_part[parts.grid](
+        query_BGXM, table(heads, query_BGXM.device), ranks_GS, parts.out_BGSXM, parts.lse_BGSX,
+        *context.arguments(query_BGXM), parts.tokens, scaling, X, M,
+        HAS_MASK=context.mask is not None, PAGE=context.page, BLOCK_T=BLOCK_T, WIDEN=WIDEN,
+        BLOCK_X=tile(X), BLOCK_KEY=tile(highest[0]), BLOCK_VALUE=tile(highest[1]),
+    )  # fmt: skip
+    return merged(parts, query_BGXM, ranks_GS)
 
 
 @dataclass(frozen=True)
@@ -112,9 +150,9 @@ def merged(parts: Parts, query_BGXM: Tensor, ranks_GS: Tensor) -> tuple[Tensor, 
 
 @triton.jit
 def _decode_part(
-    query_ptr, table_ptr, ranks_ptr, mask_ptr, part_ptr, lse_ptr,
-    tokens, part_tokens, scaling, X, M, mask_stride,
-    HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, WIDEN: tl.constexpr,
+    query_ptr, table_ptr, ranks_ptr, part_ptr, lse_ptr,
+    mask_ptr, mask_stride, pages_ptr, pages_stride, range_ptr, tokens, part_tokens, scaling, X, M,
+    HAS_MASK: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """One part of one head's context: softmax-weighted values, and the log of the weights' sum."""
@@ -123,7 +161,8 @@ def _decode_part(
     rank_key, rank_value = tl.load(ranks_ptr + 2 * g), tl.load(ranks_ptr + 2 * g + 1)
     element = query_ptr.dtype.element_ty
     factor = tl.float32 if WIDEN else element
-    rows_ptr, stride_t = rows_of(table_ptr, b, g, element)
+    rows_ptr, stride_b, stride_t = rows_of(table_ptr, g, element)
+    first, tokens = range_of(range_ptr, b, s, tokens, part_tokens, PAGE)
     x = tl.arange(0, BLOCK_X)
     r_key, r_value = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
     is_key, is_value = r_key < rank_key, r_value < rank_value
@@ -136,11 +175,11 @@ def _decode_part(
     highest = tl.full((BLOCK_X,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_X,), tl.float32)
     out = tl.zeros((BLOCK_X, BLOCK_VALUE), tl.float32)
-    first = s * part_tokens
-    for start in range(first, tl.minimum(first + part_tokens, tokens), BLOCK_T):
+    for start in range(first, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         is_token = t < tokens
-        row_ptr = rows_ptr + t.to(tl.int64) * stride_t
+        page, place = place_of(pages_ptr + b * pages_stride, b, t, is_token, PAGE)
+        row_ptr = rows_ptr + page * stride_b + place * stride_t
         is_key_there = is_key[:, None] & is_token[None, :]
         key = tl.load(row_ptr[None, :] + r_key[:, None], mask=is_key_there, other=0.0)
         score = tl.dot(query.to(factor), key.to(factor), input_precision="ieee") * scaling
@@ -152,23 +191,49 @@ def _decode_part(
         more = tl.dot(weight.to(factor), value.to(factor), input_precision="ieee")
         out = out * fade[:, None] + more
     place = (head * splits + s) * X + x
-    tl.store(lse_ptr + place, highest + tl.log(total), mask=x < X)
+    tl.store(lse_ptr + place, highest + tl.log(kept(total)), mask=x < X)
     tl.store(
         part_ptr + place[:, None] * M + r_value[None, :],
-        out / total[:, None],
+        out / kept(total)[:, None],
         mask=(x[:, None] < X) & is_value[None, :],
     )
 
 
 @triton.jit
-def rows_of(table_ptr, b, g, element: tl.constexpr):
-    """A sequence's first row of a head, and the elements from a token to the next.
+def rows_of(table_ptr, g, element: tl.constexpr):
+    """A head's first row, and the elements from a sequence, or page, and a token to the next.
 
     `table_ptr` is of `places`.
     """
     address = tl.load(table_ptr + 3 * g)
     stride_b, stride_t = tl.load(table_ptr + 3 * g + 1), tl.load(table_ptr + 3 * g + 2)
-    return address.to(tl.pointer_type(element)) + b * stride_b, stride_t
+    return address.to(tl.pointer_type(element)), stride_b, stride_t
+
+
+@triton.jit
+def range_of(range_ptr, b, s, tokens, part_tokens, PAGE: tl.constexpr):
+    """The first token of a part of what a sequence reads, and the one after the last."""
+    first = s * part_tokens
+    if PAGE:
+        first, tokens = first + tl.load(range_ptr + 2 * b), tl.load(range_ptr + 2 * b + 1)
+    return first, tl.minimum(first + part_tokens, tokens)
+
+
+@triton.jit
+def place_of(pages_ptr, b, t, is_token, PAGE: tl.constexpr):
+    """Where tokens are: the sequence, or their pages; and the places there."""
+    place = t.to(tl.int64)
+    page = place * 0 + b
+    if PAGE:
+        page = tl.load(pages_ptr + t // PAGE, mask=is_token, other=0).to(tl.int64)
+        place = place % PAGE
+    return page, place
+
+
+@triton.jit
+def kept(total):
+    """What to divide by: not zero, where no token was read."""
+    return tl.where(total > 0, total, 1.0)
 
 
 @triton.jit
@@ -198,7 +263,7 @@ def _merge_parts(
     place = (head * splits + s) * X + x
     lse = tl.load(lse_ptr + place, mask=s < splits, other=-float("inf"))
     highest = tl.max(lse, 0)
-    weight = tl.exp(lse - highest)
+    weight = tl.exp(lse - tl.maximum(highest, -1e30))  # of no token at all: zero
     total = tl.sum(weight, 0)
     column = m - (M - rank_value)
     part = tl.load(
@@ -206,8 +271,8 @@ def _merge_parts(
         mask=(s[:, None] < splits) & ((column >= 0) & (m < M))[None, :],
         other=0.0,
     )
-    out = tl.sum(part * weight[:, None], 0) / total
-    tl.store(all_lse_ptr + head * X + x, highest + tl.log(total))
+    out = tl.sum(part * weight[:, None], 0) / kept(total)
+    tl.store(all_lse_ptr + head * X + x, highest + tl.log(kept(total)))
     tl.store(out_ptr + (head * X + x) * M + m, out.to(out_ptr.dtype.element_ty), mask=m < M)
 
 

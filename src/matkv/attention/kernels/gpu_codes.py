@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from matkv.attention.kernels import gpu
-from matkv.attention.kernels.gpu import WIDEN, rows_of, tile, weigh
+from matkv.attention.kernels.gpu import WIDEN, kept, place_of, range_of, rows_of, tile, weigh
 from matkv.latents.layer import LayerProjection
 
 # Unpacking takes registers: with more numbers to a thread than this makes, the compiler spills some
@@ -41,20 +41,34 @@ def decode(
 
     [BGXM -> BGXM, BGX]
     """
+    context = gpu.Context(rows[0].shape[2], mask)
+    numbers, codes = (gpu.places(rows[kind::2]) for kind in (0, 1))
+    return decode_in(context, query_BGXM, numbers, codes, projection, scaling, splits=splits)
+
+
+def decode_in(
+    context: gpu.Context,
+    query_BGXM: Tensor,
+    numbers: tuple[int, ...],
+    codes: tuple[int, ...],
+    projection: LayerProjection,
+    scaling: float,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`decode` of rows wherever they are, as `gpu.decode_in`."""
     coder = projection.coder
     assert coder is not None
     X, M = query_BGXM.shape[2:]
-    tokens, device = rows[0].shape[2], query_BGXM.device
-    query_BGXM = query_BGXM.contiguous()
-    parts = gpu.divided(query_BGXM, tokens, splits)
-    numbers, packed = (gpu.table(gpu.places(rows[kind::2]), device) for kind in (0, 1))
+    query_BGXM, device = query_BGXM.contiguous(), query_BGXM.device
+    parts = gpu.divided(query_BGXM, context.tokens, splits)
     layout, tiles = _described(projection.layout, device)
     gain_zero, gain_steps = coder.gain_scale
     _decode_part[parts.grid](
-        query_BGXM, numbers, packed, layout,
-        query_BGXM if mask is None else mask, parts.out_BGSXM, parts.lse_BGSX,
-        tokens, parts.tokens, scaling, X, M, gpu.mask_stride(mask),
-        HAS_MASK=mask is not None, BLOCK_T=BLOCK_T, WIDEN=WIDEN,
+        query_BGXM, gpu.table(numbers, device), gpu.table(codes, device), layout,
+        parts.out_BGSXM, parts.lse_BGSX, *context.arguments(query_BGXM),
+        parts.tokens, scaling, X, M,
+        HAS_MASK=context.mask is not None, PAGE=context.page, BLOCK_T=BLOCK_T, WIDEN=WIDEN,
         GAIN_ZERO=gain_zero, GAIN_STEPS=gain_steps, BLOCK_X=tile(X), **tiles,
         num_warps=WARPS, num_stages=1,
     )  # fmt: skip
@@ -63,9 +77,9 @@ def decode(
 
 @triton.jit
 def _decode_part(
-    query_ptr, numbers_ptr, packed_ptr, layout_ptr, mask_ptr, part_ptr, lse_ptr,
-    tokens, part_tokens, scaling, X, M, mask_stride,
-    HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, WIDEN: tl.constexpr,
+    query_ptr, numbers_ptr, packed_ptr, layout_ptr, part_ptr, lse_ptr,
+    mask_ptr, mask_stride, pages_ptr, pages_stride, range_ptr, tokens, part_tokens, scaling, X, M,
+    HAS_MASK: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr, WIDEN: tl.constexpr,
     GAIN_ZERO: tl.constexpr, GAIN_STEPS: tl.constexpr, BLOCK_X: tl.constexpr,
     KEY_NUMBERS: tl.constexpr, KEY_CODES: tl.constexpr,
     VALUE_NUMBERS: tl.constexpr, VALUE_CODES: tl.constexpr,
@@ -74,8 +88,9 @@ def _decode_part(
     b, g, s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head, splits = b * tl.num_programs(1) + g, tl.num_programs(2)
     factor = tl.float32 if WIDEN else query_ptr.dtype.element_ty
-    rows_ptr, stride_numbers = rows_of(numbers_ptr, b, g, query_ptr.dtype.element_ty)
-    bytes_ptr, stride_bytes = rows_of(packed_ptr, b, g, tl.uint8)
+    rows_ptr, rows_b, rows_t = rows_of(numbers_ptr, g, query_ptr.dtype.element_ty)
+    bytes_ptr, bytes_b, bytes_t = rows_of(packed_ptr, g, tl.uint8)
+    first, tokens = range_of(range_ptr, b, s, tokens, part_tokens, PAGE)
     # Of a head's key and value seven numbers each: see `row_layout`.
     key_ptr, value_ptr = layout_ptr + 14 * g, layout_ptr + 14 * g + 7
     key_end, key_gain = tl.load(key_ptr + 1), tl.load(key_ptr + 2)
@@ -91,16 +106,16 @@ def _decode_part(
     query_ptr += (head * X + x) * M
     query = _query(query_ptr, x < X, key_end, KEY_NUMBERS).to(factor)
     query_codes = _query(query_ptr + key_end, x < X, key_codes, KEY_CODES).to(factor)
-    highest = tl.full((BLOCK_X,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_X,), tl.float32)
+    highest = total - float("inf")
     out = tl.zeros((BLOCK_X, VALUE_NUMBERS), tl.float32)
     out_codes = tl.zeros((BLOCK_X, VALUE_CODES), tl.float32)
-    first = s * part_tokens
-    for start in range(first, tl.minimum(first + part_tokens, tokens), BLOCK_T):
+    for start in range(first, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         is_token = t < tokens
-        row_ptr = rows_ptr + t.to(tl.int64) * stride_numbers
-        byte_ptr = bytes_ptr + t.to(tl.int64) * stride_bytes
+        page, place = place_of(pages_ptr + b * pages_stride, b, t, is_token, PAGE)
+        row_ptr = rows_ptr + page * rows_b + place * rows_t
+        byte_ptr = bytes_ptr + page * bytes_b + place * bytes_t
         key = tl.load(row_ptr[None, :] + k, mask=is_token[None, :] & (k < key_end), other=0.0)
         code = _codes(byte_ptr[None, :], is_token[None, :], key_byte, key_shift, key_bits)
         gain = _gains(byte_ptr, is_token, key_gain, GAIN_ZERO, GAIN_STEPS)
@@ -118,10 +133,10 @@ def _decode_part(
         more = tl.dot(weight.to(factor), code.to(factor), input_precision="ieee")
         out_codes = out_codes * fade[:, None] + more
     place, total = (head * splits + s) * X + x, total[:, None]
-    tl.store(lse_ptr + place, highest[:, None] + tl.log(total), mask=x < X)
+    tl.store(lse_ptr + place, highest[:, None] + tl.log(kept(total)), mask=x < X)
     part_ptr += place * M
-    _keep(part_ptr, out / total, x < X, value_end, VALUE_NUMBERS)
-    _keep(part_ptr + value_end, out_codes / total, x < X, value_codes, VALUE_CODES)
+    _keep(part_ptr, out / kept(total), x < X, value_end, VALUE_NUMBERS)
+    _keep(part_ptr + value_end, out_codes / kept(total), x < X, value_codes, VALUE_CODES)
 
 
 @triton.jit
