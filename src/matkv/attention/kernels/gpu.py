@@ -177,8 +177,7 @@ def _decode_part(
     out = tl.zeros((BLOCK_X, BLOCK_VALUE), tl.float32)
     for start in range(first, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        is_token = t < tokens
-        page, place = place_of(pages_ptr + b * pages_stride, b, t, is_token, PAGE)
+        is_token, page, place = place_of(pages_ptr + b * pages_stride, b, t, tokens, PAGE)
         row_ptr = rows_ptr + page * stride_b + place * stride_t
         is_key_there = is_key[:, None] & is_token[None, :]
         key = tl.load(row_ptr[None, :] + r_key[:, None], mask=is_key_there, other=0.0)
@@ -220,14 +219,14 @@ def range_of(range_ptr, b, s, tokens, part_tokens, PAGE: tl.constexpr):
 
 
 @triton.jit
-def place_of(pages_ptr, b, t, is_token, PAGE: tl.constexpr):
-    """Where tokens are: the sequence, or their pages; and the places there."""
-    place = t.to(tl.int64)
+def place_of(pages_ptr, b, t, tokens, PAGE: tl.constexpr):
+    """Which are tokens, and where they are: the sequence, or their pages, and the places there."""
+    is_token, place = t < tokens, t.to(tl.int64)
     page = place * 0 + b
     if PAGE:
         page = tl.load(pages_ptr + t // PAGE, mask=is_token, other=0).to(tl.int64)
         place = place % PAGE
-    return page, place
+    return is_token, page, place
 
 
 @triton.jit

@@ -112,8 +112,7 @@ def _decode_part(
     out_codes = tl.zeros((BLOCK_X, VALUE_CODES), tl.float32)
     for start in range(first, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        is_token = t < tokens
-        page, place = place_of(pages_ptr + b * pages_stride, b, t, is_token, PAGE)
+        is_token, page, place = place_of(pages_ptr + b * pages_stride, b, t, tokens, PAGE)
         row_ptr = rows_ptr + page * rows_b + place * rows_t
         byte_ptr = bytes_ptr + page * bytes_b + place * bytes_t
         key = tl.load(row_ptr[None, :] + k, mask=is_token[None, :] & (k < key_end), other=0.0)
