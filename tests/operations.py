@@ -218,6 +218,7 @@ class Operated:
         mask_BT = self.record.real_BT.long()
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
         named = {"attention_mask": mask_BT, "position_ids": positions_BT}
+        self.cache.crop(0)  # gives back what was kept to be taken back
         model(self.record.ids_BT, past_key_values=twin, **named)
         shrink(model, self.cache, end)
         projections = attached_projections(model)

@@ -26,6 +26,7 @@ from matkv.distill.stage import distill
 from matkv.evaluate.texts import evaluate
 from matkv.hf import handlers as hf
 from matkv.hf.observe import collect_moments
+from matkv.latents import compiled
 from matkv.ranks import RankTable
 from tiny import left_padded, ragged_table, stepwise
 
@@ -239,8 +240,8 @@ def test_items_score_as_through_the_latent_cache(
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
-def test_64_greedy_tokens_of_growing_and_static_caches(
-    loaded: tuple[Any, Any], model: Any, budget: float
+def test_64_greedy_tokens_of_kernel_oracle_and_static_caches(
+    loaded: tuple[Any, Any], model: Any, budget: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The artifact that comes along: codes, sinks and recent tokens; static also compiled."""
     text = data.read_texts("default", "validation")[0]
@@ -249,12 +250,22 @@ def test_64_greedy_tokens_of_growing_and_static_caches(
     how: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
     how["attention_mask"] = torch.ones_like(ids)
     growing = model.generate(ids, **how)
+    assert compiled.kernel() is not None
+    with monkeypatch.context() as patch:
+        patch.setenv("MATKV_KERNEL", "torch")
+        compiled._found.cache_clear()
+        assert compiled.kernel() is None
+        assert torch.equal(model.generate(ids, **how), growing)
+    compiled._found.cache_clear()
+    with torch.no_grad():  # and what the same codes predict in one pass, without a cache
+        uncached = model(growing[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :]
+    assert torch.equal(uncached.argmax(-1), growing[:, ids.shape[1] :])
     how["cache_implementation"] = "static"
     assert torch.equal(model.generate(ids, **how, disable_compile=True), growing)
     pieces = model.generate(ids, **how, disable_compile=True, prefill_chunk_size=64)
     assert torch.equal(pieces, growing)
-    compiled: Any = CompileConfig(backend="eager", fullgraph=True)
-    compiled.mode, compiled._compile_all_devices = None, True
+    eager: Any = CompileConfig(backend="eager", fullgraph=True)
+    eager.mode, eager._compile_all_devices = None, True
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert torch.equal(model.generate(ids, **how, compile_config=compiled), growing)
+        assert torch.equal(model.generate(ids, **how, compile_config=eager), growing)

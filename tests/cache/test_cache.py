@@ -444,3 +444,19 @@ def test_a_cache_is_made_for_the_model_in_a_wrapper(llama: Tiny) -> None:
     llama.attach(ranks=llama.ragged(1))
     cache = LatentCache(torch.nn.Sequential(llama.model))
     assert len(cache.layers) == llama.model.config.num_hidden_layers
+
+
+def test_to_crop_nothing_is_never_refused(gemma3: Tiny) -> None:
+    gemma3.attach(ranks=gemma3.ragged(1), recent=3)
+    ids, cache = tokens(1, 20), matkv.LatentCache(gemma3.model)
+    cache.crop(0)
+    cache.crop(-3)  # nothing to take back
+    feed(gemma3, cache, ids)
+    cache.crop(0)
+    assert same_next_logits(gemma3, cache, filled(gemma3, ids), 1)
+    recording = matkv.LatentCache(gemma3.model)
+    recording.activate_past_recording()  # type: ignore[no-untyped-call]
+    feed(gemma3, recording, ids)
+    held = recording.used_nbytes
+    recording.crop(0)
+    assert recording.used_nbytes == filled(gemma3, ids).used_nbytes < held

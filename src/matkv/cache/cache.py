@@ -69,12 +69,16 @@ class LatentCache(DynamicCache):
         removed = min(tokens_removed(tokens_to_remove), self.get_seq_length())
         if not self.get_seq_length():
             return  # transformers' layers look for tokens
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        if not removed:  # but what was kept to be taken back
+            layers = [layer for layer in layers if getattr(layer, "record_past", False)]
+        for layer in layers:
             if isinstance(layer, LatentLayer):
                 layer.check_crop(removed)
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 _check_sliding(layer, removed)
-        super().crop(-removed)
+        for layer in layers:
+            layer.crop(-removed)
 
     @property
     def nbytes(self) -> int:

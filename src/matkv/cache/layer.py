@@ -140,7 +140,10 @@ class LatentLayer(HoldsLatents, DynamicLayer):  # type: ignore[misc]
         return Latents(self.projection, self.rows.first(seen), exact)
 
     def activate_past_recording(self) -> None:
-        """Keep more recent tokens exact until the next `crop`, so that it can roll back."""
+        """Keep all new tokens exact until the next `crop`, so that it can roll back.
+
+        And so again after it: generation with drafts asks but once. `reset` ends it.
+        """
         self.record_past = True
 
     def narrow(self, projection: LayerProjection) -> None:
