@@ -14,7 +14,7 @@ from matkv.artifact.history import Allocated, entries
 from matkv.artifact.setting import budget_name, held_shares, staying_text
 from matkv.commands import console
 from matkv.commands.options import JsonOpt, RunArg
-from matkv.commands.tables import energy_picture, held_cells, held_names
+from matkv.commands.tables import TABLES, energy_picture, held_cell
 from matkv.ranks import SIDES, Geometry, RankTable
 
 EnergyOpt = Annotated[bool, typer.Option("--energy", help="draw each layer's energy as well")]
@@ -113,10 +113,9 @@ def _said(name: str, value: Any) -> str:
 
 
 def _tables(artifact: Artifact) -> Table:
-    table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
-    table.caption = staying_text(artifact)
+    table = Table(title=TABLES, title_justify="left", caption=staying_text(artifact))
     names = (*(f"{side}s" for side in SIDES), "ranks", "bits", "KL", "uniform KL")
-    for name in ("budget", *held_names(), *names):
+    for name in ("budget", "held", *names):
         table.add_column(name, justify="right")
     searches = entries(artifact.history, Allocated)
     checks = {one.budget: one for one in (searches[-1].checks if searches else ())}
@@ -127,7 +126,7 @@ def _tables(artifact: Artifact) -> Table:
         measured = (None, None) if check is None else (check.kl, check.uniform_kl)
         table.add_row(
             budget_name(budget),
-            *held_cells(artifact, ranks),
+            held_cell(artifact, ranks),
             *shares,
             f"{min(kept)}-{max(kept)}",
             _bits(ranks),

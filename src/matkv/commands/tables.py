@@ -31,30 +31,29 @@ def bytes_text(count: float) -> str:
     return f"{count:,.{2 if count < 10 else 1 if count < 100 else 0}f} {unit}"
 
 
-def held_names() -> list[str]:
-    """The names of columns that say what of the whole cache is held at `LENGTHS`."""
-    return [f"held at {tokens:,}" for tokens in LENGTHS]
+TABLES = "rank tables, KL in nats a token on held-out text; held of the whole cache at " + (
+    " / ".join(f"{tokens:,}" for tokens in LENGTHS) + " tokens"
+)
 
 
-def held_cells(artifact: Artifact, table: RankTable) -> list[str]:
-    """These columns of one table: exact tokens and layers that stay as they are counted."""
+def held_cell(artifact: Artifact, table: RankTable) -> str:
+    """What of the whole cache a table holds, exact tokens and layers that stay counted."""
     exact = {"sink": artifact.sink, "recent": artifact.recent}
-    return [f"{table.held(tokens, **exact):.1%}" for tokens in LENGTHS]
+    return " / ".join(f"{table.held(tokens, **exact):.0%}" for tokens in LENGTHS)
 
 
 def tables_table(artifact: Artifact, entries: Sequence[dict[str, Any]]) -> Table:
     """What a search found, by budget: shares and divergence, beside uniform ranks."""
-    table = Table(title="rank tables, KL in nats a token on held-out text", title_justify="left")
-    table.caption = staying_text(artifact)
+    table = Table(title=TABLES, title_justify="left", caption=staying_text(artifact))
     names = ("keys", "values", "KL", "uniform", "perplexity", "uniform")
-    for name in ("budget", *held_names(), *names):
+    for name in ("budget", "held", *names):
         table.add_column(name, justify="right")
     for entry in sorted(entries, key=lambda one: -one["budget"]):
         uniform_kl = entry.get("uniform_kl")
         uniform_increase = entry.get("uniform_perplexity_increase")
         table.add_row(
             f"{entry['budget']:.1%}",
-            *held_cells(artifact, artifact.tables[entry["budget"]]),
+            held_cell(artifact, artifact.tables[entry["budget"]]),
             f"{entry['key_share']:.1%}",
             f"{entry['value_share']:.1%}",
             f"{entry['kl']:.3f}",
