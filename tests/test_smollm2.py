@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import subprocess
@@ -269,3 +270,27 @@ def test_64_greedy_tokens_of_kernel_oracle_and_static_caches(
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(model.generate(ids, **how, compile_config=eager), growing)
+
+
+def test_what_transformers_does_to_a_cache_is_done_to_codes(
+    loaded: tuple[Any, Any], model: Any
+) -> None:
+    """Left padding, beams, drafts that are taken back, a prefix that serves twice."""
+    tokenizer, how = loaded[1], {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    matkv.attach(model, "smollm2-135m", 0.25)
+    prompts = [tokenizer(3 * one, return_tensors="pt").input_ids for one in PROMPTS]
+    alone = [model.generate(ids, **how)[0, ids.shape[1] :] for ids in prompts]
+    ids, mask = left_padded(prompts)
+    batch = model.generate(ids, attention_mask=mask, **how)[:, ids.shape[1] :]
+    assert torch.equal(batch, torch.stack(alone))
+    beams = model.generate(ids[:2], attention_mask=mask[:2], num_beams=3, **how)
+    plain = model.generate(ids[:2], attention_mask=mask[:2], num_beams=3, **how, use_cache=False)
+    assert torch.equal(beams, plain)
+    drafted = model.generate(prompts[0], prompt_lookup_num_tokens=6, **how)
+    assert torch.equal(drafted[0, prompts[0].shape[1] :], alone[0])
+    prefix = matkv.LatentCache(model)
+    with torch.no_grad():
+        model(prompts[1][:, :30], past_key_values=prefix)
+    for _ in range(2):
+        reused = model.generate(prompts[1], past_key_values=copy.deepcopy(prefix), **how)
+        assert torch.equal(reused[0, prompts[1].shape[1] :], alone[1])
