@@ -300,6 +300,12 @@ def test_what_has_lost_everything_is_asked_nothing(llama: Tiny, tmp_path: Path) 
     for row, loss in ((full, 2.0), (own, 4.0)):
         run.records.add(row, "articles", "a", 0, [{"loss": loss}] * 2)
     assert [one.column for one, _ in run.todo(run.entries[1], run.columns)] == ["footprint"]
+    other = replace(text(tmp_path), column="book", data="b")
+    two = replace(run, columns=[other, *run.columns])
+    for row in (full, own):
+        run.records.add(row, "book", "b", 0, [{"loss": 2.0}] * 2)
+    left = [one.column for one, _ in two.todo(run.entries[1], two.columns)]
+    assert left == ["needle", "footprint"]  # not lost on every text
 
 
 # ---- rows
@@ -433,6 +439,13 @@ def test_rows_within_two_paired_errors_of_the_best_are_even_with_it(tmp_path: Pa
     assert "| book: perplexity | best †; even: **matkv †** |" in page
     assert not sheet.even([0.0, 0.0], [1.0, 1.0])
     assert not sheet.even([], [])
+
+
+def test_who_is_alone_does_not_win(tmp_path: Path) -> None:
+    losses = {"full cache": [1.0, 2.0], "matkv": [1.1, 2.2]}
+    page = table.markdown(records_of(tmp_path, losses, {"column": "book", "kind": "text"}))
+    assert "book: perplexity |" not in page
+    assert f"| {math.exp(1.65):.2f} (+0.150" in page
 
 
 def test_a_row_of_fewer_windows_is_shown_at_its_paired_difference(tmp_path: Path) -> None:

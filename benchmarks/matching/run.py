@@ -1,8 +1,8 @@
 """Measuring what is not there yet: texts of all rows first, then haystacks, footprints and tasks.
 
-A row whose loss is more than `LOST` nats a token over the full cache's has nothing left to lose: no
-haystack and no task is asked of it, and of a text no more than `FEW` windows. The full cache comes
-first, for others are compared with it.
+A row whose loss on a text is more than `LOST` nats a token over the full cache's reads no more than
+`FEW` windows of it; one that is so on every text has nothing left to lose: no haystack and no task
+is asked of it. The full cache comes first, for others are compared with it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Run:
             return bool(row["simulated"])
         if isinstance(column, Text):
             return first >= FEW and self._is_lost(row, column)
-        return any(self._is_lost(row, one) for one in self.columns if isinstance(one, Text))
+        return all(self._is_lost(row, one) for one in self.columns if isinstance(one, Text))
 
     def _is_lost(self, row: Json, text: Text) -> bool:
         return lost(self.records, row, self.entries[0].row(self.shared), text)

@@ -1,7 +1,7 @@
 """The Markdown tables of what was measured: two a budget, who wins where, and the tasks.
 
 The best figure of every column stands in bold, ours or another's, among the rows whose bytes are
-within the budget. Errors are standard errors, of differences to the full cache item by item.
+within the budget; where but one was measured, none is. Errors are standard errors, of differences to the full cache item by item.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _best(sheet: Sheet, rows: Sequence[Json], figures: Sequence[Figure]) -> floa
         for row, figure in zip(rows, figures, strict=True)
         if figure.worth is not None and not sheet.is_over(row)
     ]
-    return max(worths, default=None)
+    return max(worths) if len(worths) > 1 else None
 
 
 def name_of(row: Json) -> str:
@@ -100,7 +100,7 @@ def winners(sheet: Sheet, columns: Sequence[Column], levels: Sequence[float]) ->
 def _winner(sheet: Sheet, column: Column, level: float) -> str:
     rows = [row for row in sheet.rows if row["level"] == level and not sheet.is_over(row)]
     worths = [(worth, row) for row in rows if (worth := column.figure(row).worth) is not None]
-    if not worths:
+    if len(worths) < 2:
         return NONE
     best = max(worth for worth, _ in worths)
     first = [row for worth, row in worths if worth == best]
