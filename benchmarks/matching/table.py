@@ -1,7 +1,8 @@
 """The Markdown tables of what was measured: two a budget, who wins where, and the tasks.
 
 The best figure of every column stands in bold, ours or another's, among the rows whose bytes are
-within the budget; where but one was measured, none is. Errors are standard errors, of differences to the full cache item by item.
+within the budget; where but one was measured, none is. Errors are standard errors, of differences
+to the full cache item by item.
 """
 
 from __future__ import annotations
