@@ -88,7 +88,7 @@ def _damage(
     """
     measured = partial(measure_noise, model, texts=texts, seed=config.seed, on_progress=on_progress)
     artifact, at_full = measured(artifact)
-    if 2 * smallest > HALF:
+    if 2 * smallest >= HALF:
         return artifact, at_full
     line = Waterline(artifact.geometry, at_full, config.constraints, config.widths)
     _, on_the_way = measured(artifact, at=line.table(2 * smallest))
