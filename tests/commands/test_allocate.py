@@ -6,11 +6,17 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import BatchEncoding
 
+from matkv.allocate.config import AllocateConfig
 from matkv.artifact.artifact import Artifact
+from matkv.commands.allocate import _search_batches
 from matkv.progress import Progress
 from program import Program, Word
 
@@ -40,6 +46,29 @@ def interrupt_after(rounds: int, patch: pytest.MonkeyPatch) -> None:
 
 def state_of(run: Path) -> Path:
     return run.with_name(f".{run.name}.allocate.jsonl")
+
+
+def test_text_to_search_on_is_drawn_from_all_of_it() -> None:
+    """What stands first may be all of one kind; solved tasks follow what is held out."""
+    tokenizer: Any = Numbers()
+    config = AllocateConfig(search_tokens=16, held_out_tokens=32)
+    found = list(_search_batches(tokenizer, ["640"], None, 8, config))
+    assert sorted(torch.cat(found).flatten().tolist()) == list(range(640))
+    first = torch.cat(found[:8])[:, 0]
+    assert first.max() > 320 > first.min()
+    solved = list(islice(_search_batches(tokenizer, ["640"], ["5"], 8, config), 3))
+    assert [tuple(batch.shape) for batch in solved[:2]] == [(2, 8), (2, 8)]
+    assert solved[2].ids_BT.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+class Numbers:
+    """A tokenizer that counts up to what the text says."""
+
+    eos_token_id = pad_token_id = bos_token_id = None
+
+    def __call__(self, text: str | list[str], **_: object) -> BatchEncoding:
+        texts = [list(range(int(one))) for one in ([text] if isinstance(text, str) else text)]
+        return BatchEncoding({"input_ids": texts[0] if isinstance(text, str) else texts})
 
 
 @pytest.mark.parametrize("method", ["fisher", "greedy", "uniform"])

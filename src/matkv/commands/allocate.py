@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from transformers import PreTrainedTokenizerBase
 
@@ -75,15 +77,19 @@ def _search_batches(
     length: int,
     config: AllocateConfig,
 ) -> Iterator[Any]:
-    """Held-out text, then text to search on: `solved` tasks where they are given."""
-    limit = config.held_out_tokens
-    if solved is None:
-        limit += config.expansions * config.search_tokens
-    windows = data.text_windows(tokenizer, texts, length, limit)
+    """Held-out text, then text to search on: `solved` tasks where they are given.
+
+    Both are drawn from all of the text: what stands first in it may be all of one kind.
+    """
+    windows = data.text_windows(tokenizer, texts, length)
     at_once = max(1, min(BATCH_TOKENS, config.search_tokens) // length)
-    yield from data.batches(windows, at_once)
-    if solved is not None:
-        yield from text_batches(tokenizer, solved, 8)
+    order = torch.Generator().manual_seed(config.seed)
+    batches = data.batches(windows, at_once, generator=order)
+    if solved is None:
+        yield from batches
+        return
+    yield from islice(batches, -(-config.held_out_tokens // (at_once * length)))
+    yield from text_batches(tokenizer, solved, 8)
 
 
 def _show_tables(

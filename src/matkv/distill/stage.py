@@ -187,7 +187,7 @@ class _Run:
         energy = measure_energy(self.model, maps, sequences)
         quantizers: dict[tuple[int, Side], Quantizer] = {}
         if self.config.codes:
-            seen = _first(examples, CODED_SEQUENCES)
+            seen = _spread(examples, CODED_SEQUENCES)
             quantizers = fit_quantizers(self.model, maps, seen, sink=self.artifact.sink)
         bases = {
             layer: {
@@ -222,7 +222,7 @@ class _Run:
         places = self.bases.heads
         quantizers = {place: self.artifact.quantizer(*place) for place in places}
         moments, _ = collect_moments(
-            self.model, [one["input_ids"][None] for one in _first(examples, CODED_SEQUENCES)]
+            self.model, [one["input_ids"][None] for one in _spread(examples, CODED_SEQUENCES)]
         )
         by_place = {(layer, side): getattr(moments[layer], side) for layer, side in places}
         return Coding([tables[budget] for budget in budgets], quantizers, by_place)
@@ -271,6 +271,12 @@ def _check_recent(recent: int, longest: int) -> None:
 
 def _first(examples: Examples, count: int = PROBE_SEQUENCES) -> list[dict[str, Tensor]]:
     return [as_example(examples[index]) for index in range(min(count, len(examples)))]
+
+
+def _spread(examples: Examples, count: int) -> list[dict[str, Tensor]]:
+    """So many examples from all of them: the first may be all of one kind."""
+    places = torch.linspace(0, len(examples) - 1, min(count, len(examples))).long().tolist()
+    return [as_example(examples[index]) for index in places]
 
 
 @contextmanager
