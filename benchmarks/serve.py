@@ -170,7 +170,8 @@ def equal(given: argparse.Namespace) -> None:
         prompts.append(ids[first : first + size])
     for kind, table in KINDS.items() if given.only is None else [(given.only, KINDS[given.only])]:
         for name, exact in list(EXACT.items())[given.no_exact :]:
-            attached: Any = attach(model, artifact, given.budget, **table, **exact)
+            ranks = artifact.table(given.budget, **table)
+            attached: Any = attach(model, artifact, ranks=ranks, **exact)
             wanted = [greedy(attached, one, new) for one in prompts]
             asked = [{"tokens": one, "new": new} for one in prompts]
             arguments = own(given, given.budget, **table, **exact) | COMMON
