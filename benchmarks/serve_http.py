@@ -49,13 +49,14 @@ def demo(given: argparse.Namespace) -> None:
 def faults(given: argparse.Namespace) -> None:
     """What a server refuses at its start, requests that are none, and what kill -9 leaves."""
     with tempfile.TemporaryDirectory() as folder:
-        for command in refused(given, Path(folder)):
+        for command, told in refused(given, Path(folder)):
             ended = subprocess.run(
-                [sys.executable, *command], env=environment(), capture_output=True, text=True
-            )
-            lines = [line for line in ended.stderr.splitlines() if "rror" in line]
-            print(f"{command[1:]}: exit code {ended.returncode}, {lines[-1:]}", flush=True)
-            assert ended.returncode, "was not refused"
+                [sys.executable, *command], env=environment(), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            lines = [line for line in ended.stdout.splitlines() if told in line]
+            print(f"{command[1:]}: exit code {ended.returncode}, {lines[:1]}", flush=True)
+            assert ended.returncode and lines, ended.stdout[-2000:]
     name = Artifact.load(given.run).base_model
     with server(serve(given)) as (process, _):
         wanted = ask(name)
@@ -100,18 +101,22 @@ def serve(given: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
-def refused(given: argparse.Namespace, folder: Path) -> Iterator[list[str]]:
-    """Commands that must end at once."""
-    own = serve(given)
-    yield [*own, "--budget", "2"]
-    yield ["-m", "matkv", "serve", str(folder / "none")]
-    yield [*own, "--model", str(folder / "none")]
-    yield [*own, "--kv-cache-dtype", "fp8", *COMMON]
+def refused(given: argparse.Namespace, folder: Path) -> Iterator[tuple[list[str], str]]:
+    """Commands that must end at once, and what they must say."""
+    own, none = serve(given), str(folder / "none")
+    yield [*own, "--budget", "2"], "budget 2.0 must be in (0, 1]"
+    yield ["-m", "matkv", "serve", none], "no artifact at"
+    yield [*own, "--model", none], "no config of a model in"
+    yield [*own, "--kv-cache-dtype", "fp8", *COMMON], "--kv-cache-dtype fp8 is another format"
     model = model_source(Artifact.load(given.run).base_model)
     plain = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, *COMMON]
     plain += ["--attention-backend", "CUSTOM", "--additional-config"]
-    for options in ({"artifact": given.run, "budget": 2}, {"artifact": str(folder / "none")}, {}):
-        yield [*plain, json.dumps({"matkv": options})]
+    for options, told in (
+        ({"artifact": given.run, "budget": 2}, "budget 2.0 must be in (0, 1]"),
+        ({"artifact": none}, "no artifact at"),
+        ({}, "artifact is missing"),
+    ):
+        yield [*plain, json.dumps({"matkv": options})], told
 
 
 def nonsense(name: str) -> Iterator[tuple[str, int]]:
