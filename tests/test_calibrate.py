@@ -14,7 +14,7 @@ from torch import Tensor
 import matkv
 from matkv.calibrate import CalibrateConfig, artifact_from
 from matkv.errors import DataError, MatkvError, RankError, UnsupportedModelError
-from matkv.hf.geometry import attention_modules
+from matkv.hf.geometry import attention_modules, geometry_of
 from matkv.hf.observe import collect_moments, observe
 from matkv.progress import Progress
 from matkv.ranks import SIDES
@@ -45,7 +45,7 @@ def test_moments_equal_a_direct_computation(family: Tiny) -> None:
     batches = [tokens(3, 17, seed=1), tokens(2, 9, seed=2)]
     layers, count = collect_moments(family.model, batches)
     assert count == 3 * 17 + 2 * 9
-    assert tuple(layers) == family.geometry.compressed
+    assert tuple(layers) == geometry_of(family.model.config).compressed
     states = [states_of(family, batch) for batch in batches]
     modules = attention_modules(family.model)
     for layer, moments in layers.items():
@@ -123,7 +123,8 @@ def test_the_artifact_says_how_it_was_made(llama: Tiny, key: Any, value: Any) ->
     artifact = matkv.calibrate(llama.model, [tokens(2, 20)], config)
     assert artifact.geometry == llama.geometry
     settings = {"key": key, "value": value, "skip_first": 1, "sink": 2, "recent": 5}
-    assert artifact.history == ({"stage": "calibrate", **settings, "tokens": 38},)
+    made = {"stage": "calibrate", **settings, "windows": True, "tokens": 38}
+    assert artifact.history == (made,)
     assert (artifact.sink, artifact.recent) == (2, 5)
     for layer in artifact.bases:
         for side in SIDES:

@@ -13,7 +13,7 @@ import torch
 import matkv
 from matkv.artifact import results
 from matkv.artifact.artifact import Artifact
-from matkv.artifact.lora import Lora
+from matkv.artifact.lora import WRAPPER, Lora
 from matkv.artifact.records import Record
 from matkv.artifact.results import Results
 from matkv.artifact.setting import Setting
@@ -198,8 +198,8 @@ def test_the_full_cache_is_the_plain_model_without_adapters(
 
     answer = LoadedLM._loglikelihood_tokens
     tensors = {
-        f"{name}.lora_A.weight": torch.ones(1, weight.shape[1]),
-        f"{name}.lora_B.weight": torch.ones(weight.shape[0], 1),
+        f"{WRAPPER}{name}.lora_A.weight": torch.ones(1, weight.shape[1]),
+        f"{WRAPPER}{name}.lora_B.weight": torch.ones(weight.shape[0], 1),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoadedLM, "_loglikelihood_tokens", spy)
