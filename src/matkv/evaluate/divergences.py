@@ -23,7 +23,7 @@ from matkv.artifact.records import Record
 from matkv.artifact.results import Kind, Results
 from matkv.artifact.setting import CACHE_KEYS, Setting, budget_name
 from matkv.errors import DataError
-from matkv.files import digest
+from matkv.evaluate.texts import facts_of
 from matkv.hf.attach import attached, identified
 from matkv.hf.geometry import check_positions
 from matkv.logits import row_blocks
@@ -58,12 +58,7 @@ def divergences(
     if count == 0 or length < 2:
         raise DataError(f"{count} windows of {length} tokens: a divergence needs one of at least 2")
     check_positions(model, length, 0)
-    fixed = {
-        "text": text,
-        "data": digest(windows_NT.cpu().numpy().tobytes()),
-        "window_tokens": length,
-        "tokens": count * (length - 1),
-    }
+    fixed = facts_of(windows_NT, text)
     budgets = [one for one in settings if one.budget is not None]
     report = Report(on_progress, "evaluating", windows_NT.numel() * len(budgets))
     rows: list[Record] = []

@@ -141,6 +141,17 @@ def _row(
     )
 
 
+def facts_of(windows_NT: Tensor, text: str) -> Record:
+    """What rows say of the windows they were measured on; `text` is the name that they bear."""
+    count, length = windows_NT.shape
+    return {
+        "text": text,
+        "data": digest(windows_NT.cpu().numpy().tobytes()),
+        "window_tokens": length,
+        "tokens": count * (length - 1),
+    }
+
+
 def perplexity_rows(
     model: PreTrainedModel,
     artifact: Artifact,
@@ -158,12 +169,7 @@ def perplexity_rows(
     Raises:
         FingerprintError, BudgetError, DataError, ArtifactError: see `evaluate` and `Results`.
     """
-    fixed = {
-        "text": text,
-        "data": digest(windows_NT.cpu().numpy().tobytes()),
-        "window_tokens": windows_NT.shape[1],
-        "tokens": windows_NT.shape[0] * (windows_NT.shape[1] - 1),
-    }
+    fixed = facts_of(windows_NT, text)
     report = Report(on_progress, "evaluating", windows_NT.numel() * len(settings))
     records: list[Record] = []
     for setting, cache in identified(model, artifact, settings):
